@@ -1,0 +1,1 @@
+"""Getting, making and inspecting the token shards that train_gpt.py reads."""
