@@ -57,7 +57,7 @@ class Memory:
 
     max_document_bytes: int
     batch_bytes: int
-    cached_words: int
+    max_words: int
     tokenizer_sample_bytes: int
 
     @classmethod
@@ -67,7 +67,7 @@ class Memory:
         return cls(
             max_document_bytes=share // MEMORY_PER_DOCUMENT_BYTE,
             batch_bytes=min(share // MEMORY_PER_DOCUMENT_BYTE, MAX_BATCH_BYTES),
-            cached_words=share // 4 // CACHED_WORD_BYTES,
+            max_words=share // 4 // CACHED_WORD_BYTES,
             tokenizer_sample_bytes=total // MEMORY_PER_SAMPLE_BYTE,
         )
 
@@ -141,7 +141,7 @@ class Preparation:
     def encode(self, split: str, documents: Iterator[str], about_bytes: int) -> Split:
         """Writes the shards of a split and checks them against the text."""
         report, writer = Split(), ShardWriter(self.folder, split, self.args.shard_tokens)
-        encode = partial(encode_batch, str(self.model), self.memory.cached_words)
+        encode = partial(encode_batch, str(self.model), self.memory.max_words)
         with Progress(f"encode {split}", about_bytes) as progress:
             for batch in self.workers.map(encode, batches(documents, self.memory.batch_bytes)):
                 if batch.altered_documents and not self.args.allow_unknown:

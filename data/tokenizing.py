@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 
 import numpy as np
 import sentencepiece as spm
@@ -140,19 +139,34 @@ class Encoded:
     altered_example: str = ""
 
 
+class WordTokens(dict[str, bytes]):
+    """Word -> its tokens (uint16 as bytes) where it follows a space; encodes what it lacks."""
+
+    def __init__(self, tokenizer: spm.SentencePieceProcessor, max_words: int) -> None:
+        self.tokenizer, self.max_words = tokenizer, max_words
+        # The space that opens a text may be dropped, so words are encoded behind another one.
+        self.anchor_tokens = len(tokenizer.Encode("x"))
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self.tokenizer.Encode(f"x {word}")[self.anchor_tokens :]
+        tokens = np.array(ids, dtype="<u2").tobytes()
+        if len(word) <= CACHED_WORD_CHARS:
+            if len(self) >= self.max_words:
+                self.clear()
+            self[word] = tokens
+        return tokens
+
+
 class Encoder:
     """A tokenizer with a table of the words that it has encoded."""
 
-    def __init__(self, model: str, cached_words: int) -> None:
+    def __init__(self, model: str, max_words: int) -> None:
         self.tokenizer = spm.SentencePieceProcessor(model_file=model)
         pieces = [self.tokenizer.IdToPiece(i) for i in range(self.tokenizer.vocab_size())]
         self.piece_bytes = [self.bytes_of(i, piece) for i, piece in enumerate(pieces)]
         self.words_are_separate = not any(SPACE in piece[1:] for piece in pieces)
         self.adds_prefix = self.tokenizer.Normalize("x") != "x"
-        self.anchor = "x"  # a word is encoded behind it, for a space that opens a text may vanish
-        self.anchor_tokens = self.tokenizer.Encode(self.anchor)
-        self.cached_words = cached_words
-        self.words: dict[str, bytes] = {}
+        self.word_tokens = WordTokens(self.tokenizer, max_words)
 
     def bytes_of(self, token: int, piece: str) -> bytes:
         """What `token` decodes to: nothing for a control, one byte for a byte-fallback piece."""
@@ -162,42 +176,26 @@ class Encoder:
             return b""
         return piece.replace(SPACE, " ").encode()
 
-    def encode_words(self, words: list[str]) -> list[bytes]:
-        """The tokens of each of `words`, as uint16 bytes, when it follows a space."""
-        skip = len(self.anchor_tokens)
-        encoded = self.tokenizer.Encode([f"{self.anchor} {word}" for word in words])
-        return [np.array(ids[skip:], dtype="<u2").tobytes() for ids in encoded]
+    def encode_whole(self, text: str) -> bytes:
+        return np.array(self.tokenizer.Encode(text), dtype="<u2").tobytes()
 
-    def learn_words(self, documents: list[list[str]]) -> None:
-        """Encodes the words of `documents` that are not in the table yet."""
-        if len(self.words) > self.cached_words:
-            self.words.clear()
-        found = set(chain.from_iterable(documents)) - self.words.keys()
-        new = [word for word in found if len(word) <= CACHED_WORD_CHARS]
-        self.words.update(zip(new, self.encode_words(new), strict=True))
-
-    def encode(self, first: str, words: list[str]) -> bytes:
-        """The tokens of the text `first` + " " + word + " " + word..., as uint16 bytes."""
-        start = np.array(self.tokenizer.Encode(first), dtype="<u2").tobytes()
-        known = self.words
-        rest = [known[w] if w in known else self.encode_words([w])[0] for w in words]
-        return start + b"".join(rest)
-
-    def check_words(self, words: list[str], encoded: bytes) -> None:
-        """Compares the start of a document with what SentencePiece makes of it as a whole."""
-        start = self.tokenizer.Encode(" ".join(words[:CHECKED_WORDS]))
-        if self.ids(encoded)[: len(start)].tolist() != start:
-            raise RuntimeError(f"{' '.join(words[:8])!r}: its words encode otherwise than its text")
+    def encode(self, text: str) -> bytes:
+        """The tokens of `text`, uint16 as bytes."""
+        if not self.words_are_separate:
+            return self.encode_whole(text)
+        first, *words = text.split(" ")
+        return self.encode_whole(first) + b"".join(map(self.word_tokens.__getitem__, words))
 
     def encode_batch(self, texts: list[str]) -> Encoded:
-        if self.words_are_separate:
-            split = [text.split(" ") for text in texts]
-            self.learn_words([words[1:] for words in split])
-            encoded = [self.encode(words[0], words[1:]) for words in split]
-            self.check_words(split[0], encoded[0])
-        else:
-            encoded = [self.encode(text, []) for text in texts]
+        encoded = [self.encode(text) for text in texts]
+        self.check_words(texts[0], encoded[0])
         return self.checked(texts, encoded)
+
+    def check_words(self, text: str, encoded: bytes) -> None:
+        """Compares the tokens of the start of `text` with what SentencePiece makes of it whole."""
+        start = self.encode_whole(" ".join(text.split(" ")[:CHECKED_WORDS]))
+        if not encoded.startswith(start):
+            raise RuntimeError(f"{text[:60]!r}: its words encode otherwise than the whole text")
 
     @staticmethod
     def ids(encoded: bytes) -> np.ndarray:
@@ -206,7 +204,7 @@ class Encoder:
     def checked(self, texts: list[str], encoded: list[bytes]) -> Encoded:
         """Decodes all again and compares with the text, byte for byte."""
         bos = np.array([self.tokenizer.bos_id()], dtype="<u2").tobytes()
-        tokens = self.ids(b"".join(chain.from_iterable((bos, ids) for ids in encoded)))
+        tokens = self.ids(b"".join(part for ids in encoded for part in (bos, ids)))
         batch = Encoded(tokens, documents=len(texts))
         batch.unknown_tokens = int((tokens == self.tokenizer.unk_id()).sum())
         for text, ids in zip(texts, encoded, strict=True):
@@ -223,13 +221,13 @@ class Encoder:
 
 
 @cache
-def encoder(model: str, cached_words: int) -> Encoder:
-    return Encoder(model, cached_words)
+def encoder(model: str, max_words: int) -> Encoder:
+    return Encoder(model, max_words)
 
 
-def encode_batch(model: str, cached_words: int, texts: list[str]) -> Encoded:
+def encode_batch(model: str, max_words: int, texts: list[str]) -> Encoded:
     """`texts` as tokens of the SentencePiece file `model`, checked."""
-    return encoder(model, cached_words).encode_batch(texts)
+    return encoder(model, max_words).encode_batch(texts)
 
 
 def byte_fallback_is_complete(tokenizer: spm.SentencePieceProcessor) -> bool:
