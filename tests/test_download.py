@@ -1,0 +1,322 @@
+"""data/download_fineweb.py against an HTTP server on loopback that speaks the hub's API."""
+
+import hashlib
+import json
+import logging
+import sys
+import threading
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import download_fineweb, hub
+
+constants = pytest.importorskip("huggingface_hub.constants", reason="no huggingface_hub")
+
+REPO, COMMIT = "someone/export", "c0ffee" * 6 + "beef"
+FOLDER = "datasets/fineweb10B_sp1024"
+
+
+def shard(tokens: int) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, tokens
+    return header.tobytes() + (np.arange(tokens) % 1024).astype("<u2").tobytes()
+
+
+def export_files() -> dict[str, bytes]:
+    manifest = {
+        "datasets": [
+            {
+                "name": "fineweb10B_sp1024",
+                "tokenizer_name": "sp_bpe_1024",
+                "stats": {"files_train": 3, "files_val": 1, "tokens_val": 50_000},
+            }
+        ],
+        "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
+    }
+    files = {f"{FOLDER}/fineweb_train_{i:06d}.bin": shard(200_000 + i) for i in range(3)}
+    files[f"{FOLDER}/fineweb_val_000000.bin"] = shard(50_000)
+    files["tokenizers/fineweb_1024_bpe.model"] = b"a tokenizer"
+    files["manifest.json"] = json.dumps(manifest).encode()
+    return {f"datasets/{path}": data for path, data in files.items()}
+
+
+class FakeHub:
+    """Serves `files` with redirects, ranges and ETags, and does the damage it is told to.
+
+    As with the real hub, content comes from another origin than the API: another port here.
+    """
+
+    def __init__(self):
+        self.files = export_files()
+        self.token = None  # if set, only requests that carry it are answered
+        self.status = None  # if set, what every request for a file is answered with
+        self.drops = {}  # path -> bytes after which its next connections break, last first
+        self.corrupt = {}  # path -> how many more times a byte of it arrives changed
+        self.sent = []  # (path, first byte) of each transfer
+        self.lock = threading.Lock()
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.url, self.content_url = (f"http://127.0.0.1:{s.server_port}" for s in self.servers)
+        for server in self.servers:
+            server.hub = self
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def hub(self):
+        return self.server.hub
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def error(self, status, code):
+        self.answer(status, b"{}", X_Error_Code=code, X_Error_Message=code)
+
+    def allowed(self):
+        if self.hub.token in (None, self.headers.get("Authorization", "").split(" ")[-1]):
+            return True
+        self.error(401, "RepoNotFound")
+        return False
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if not self.allowed():
+            return
+        assert self.path == f"/api/datasets/{REPO}/paths-info/{COMMIT}"
+        found = []
+        for path in urllib.parse.parse_qs(body)["paths"]:
+            if path in self.hub.files:
+                data = self.hub.files[path]
+                entry = {"type": "file", "path": path, "size": len(data)}
+                git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+                entry["oid"] = git if path.endswith(".json") else "0" * 40
+                if not path.endswith(".json"):
+                    sha = hashlib.sha256(data).hexdigest()
+                    entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
+                found.append(entry)
+        self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urllib.parse.unquote(self.path)
+        if path.startswith("/cdn/"):
+            self.content(path.removeprefix("/cdn/"))
+        elif not self.allowed():
+            return
+        elif path == f"/api/datasets/{REPO}/revision/main":
+            info = {"id": REPO, "sha": COMMIT, "private": False, "tags": [], "siblings": []}
+            self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
+        elif path.startswith(f"/datasets/{REPO}/resolve/{COMMIT}/"):
+            self.resolve(path.split(f"{COMMIT}/", 1)[1])
+        elif path.startswith(f"/api/datasets/{REPO}/revision/"):
+            self.error(404, "RevisionNotFound")
+        else:
+            self.error(404, "RepoNotFound")
+
+    def resolve(self, path):
+        if self.hub.status:
+            self.error(self.hub.status, "Trouble")
+        elif path not in self.hub.files:
+            self.error(404, "EntryNotFound")
+        elif path.endswith(".json"):
+            self.content(path, X_Repo_Commit=COMMIT)
+        else:
+            data = self.hub.files[path]
+            sha = hashlib.sha256(data).hexdigest()
+            linked = {"X_Linked_Size": len(data), "X_Linked_ETag": f'"{sha}"'}
+            self.answer(
+                302, Location=f"{self.hub.content_url}/cdn/{path}", X_Repo_Commit=COMMIT, **linked
+            )
+
+    def content(self, path, **headers):
+        data = self.hub.files[path]
+        headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+        if self.command == "HEAD":
+            self.send_response(200)
+            for name, value in {"Content-Length": len(data), **headers}.items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            return
+        first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        with self.hub.lock:
+            self.hub.sent.append((path, first))
+            if self.hub.corrupt.get(path, 0) > 0:
+                self.hub.corrupt[path] -= 1
+                data = data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+            drop = self.hub.drops.get(path, []).pop() if self.hub.drops.get(path) else None
+        part = data[first:]
+        self.send_response(206 if first else 200)
+        headers |= {"Content-Length": len(part), "Accept-Ranges": "bytes"}
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(part[:drop])
+        if drop is not None:
+            self.wfile.flush()
+            self.connection.shutdown(2)
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    # The client resumes after its last whole chunk; its 10 MB are more than the shards here.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [])
+    fake = FakeHub()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def download(server, tmp_path):
+    def run(*flags, endpoint=None):
+        places = ["--data-dir", str(tmp_path / "data"), "--endpoint", endpoint or server.url]
+        return download_fineweb.main(["--repo-id", REPO, *places, *flags])
+
+    return run
+
+
+def local_files(tmp_path):
+    files = (p for p in (tmp_path / "data").rglob("*") if p.is_file() and "cache" not in p.parts)
+    return {str(p.relative_to(tmp_path / "data")): p.read_bytes() for p in files}
+
+
+def expected(server, train_shards):
+    names = [f"{FOLDER}/fineweb_train_{i:06d}.bin" for i in range(train_shards)]
+    names += [f"{FOLDER}/fineweb_val_000000.bin", "tokenizers/fineweb_1024_bpe.model"]
+    return {name: server.files[f"datasets/{name}"] for name in [*names, "manifest.json"]}
+
+
+def test_gets_what_was_asked_for_and_then_only_what_is_missing(server, download, tmp_path, capsys):
+    assert download("--train-shards", "1") == 0
+    assert local_files(tmp_path) == expected(server, 1)
+    assert "200,000 training and 50,000 validation tokens" in capsys.readouterr().out
+    server.sent.clear()
+    assert download("--train-shards", "3") == 0
+    assert local_files(tmp_path) == expected(server, 3)
+    new = {f"datasets/{FOLDER}/fineweb_train_{i:06d}.bin" for i in (1, 2)}
+    assert {path for path, _ in server.sent} == {*new, "datasets/manifest.json"}
+
+
+def test_goes_on_where_connections_broke(server, download, tmp_path):
+    path = f"datasets/{FOLDER}/fineweb_train_000000.bin"
+    server.drops[path] = [100_000, 250_000]
+    assert download("--train-shards", "2") == 0
+    assert local_files(tmp_path) == expected(server, 2)
+    starts = [first for name, first in server.sent if name == path]
+    assert starts == [0, 250_000, 350_000]
+
+
+def test_replaces_a_corrupted_shard(server, download, tmp_path):
+    server.corrupt[f"datasets/{FOLDER}/fineweb_train_000001.bin"] = 1
+    assert download("--train-shards", "3") == 0
+    assert local_files(tmp_path) == expected(server, 3)
+
+
+def test_never_shows_a_shard_that_stays_corrupted(server, download, tmp_path, capsys):
+    name = f"{FOLDER}/fineweb_train_000001.bin"
+    server.corrupt[f"datasets/{name}"] = 99
+    assert download("--train-shards", "3") == 1
+    assert name in capsys.readouterr().err
+    assert name not in local_files(tmp_path)
+    server.corrupt.clear()
+    assert download("--train-shards", "3") == 0
+    assert local_files(tmp_path) == expected(server, 3)
+
+
+def test_verify_replaces_what_changed_on_disk(server, download, tmp_path):
+    assert download("--train-shards", "1") == 0
+    path = tmp_path / "data" / FOLDER / "fineweb_train_000000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert download("--train-shards", "1") == 0  # the size is right: not looked at
+    assert local_files(tmp_path) != expected(server, 1)
+    assert download("--train-shards", "1", "--verify") == 0
+    assert local_files(tmp_path) == expected(server, 1)
+
+
+def test_token_opens_a_private_repository(server, download, monkeypatch, capsys):
+    server.token = "hf_secret"
+    assert download("--train-shards", "1") == 1
+    assert "HF_TOKEN" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert download("--train-shards", "1") == 0
+
+
+def change_manifest(server, change):
+    manifest = json.loads(server.files["datasets/manifest.json"])
+    change(manifest)
+    server.files["datasets/manifest.json"] = json.dumps(manifest).encode()
+
+
+def test_says_what_is_wrong(server, download, tmp_path, monkeypatch, capsys):
+    def fails(word, *flags, **options):
+        assert download("--train-shards", "1", *flags, **options) == 1
+        assert word in capsys.readouterr().err
+        assert local_files(tmp_path).keys() <= {"manifest.json"}
+
+    fails("check the network", endpoint="http://127.0.0.1:9")
+    fails("--repo-id", "--repo-id", "no/such")
+    fails("--revision", "--revision", "no-such")
+    fails("--remote-root", "--remote-root", "elsewhere")
+    fails("the repository has sp1024", "--variant", "sp9")
+    fails("the repository has 3", "--train-shards", "4")
+    server.status = 403
+    fails("HTTP 403")
+    server.status = None
+    change_manifest(
+        server, lambda m: m["tokenizers"][0].update(model_path="tokenizers/../../escape")
+    )
+    fails("outside tokenizers/")
+    change_manifest(server, lambda m: m["datasets"][0].pop("stats"))
+    fails("not of the known form")
+    server.files["datasets/manifest.json"] = b"not json"
+    fails("no JSON")
+
+
+def test_refuses_a_changed_export_a_full_disk_and_a_shard_that_is_none(
+    server, download, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        usage = type("Usage", (), {"free": 300 << 20})
+        patch.setattr(download_fineweb.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(download_fineweb, "FREE_BYTES_KEPT", 300 << 20)
+        assert download("--train-shards", "1") == 1
+        assert "GB free" in capsys.readouterr().err
+    assert download("--train-shards", "1") == 0
+    change_manifest(server, lambda m: m["datasets"][0]["stats"].update(files_train=4))
+    assert download("--train-shards", "2") == 1
+    assert "must not mix" in capsys.readouterr().err
+    assert local_files(tmp_path).keys() == expected(server, 1).keys()
+    server.files = export_files()
+    name = f"{FOLDER}/fineweb_train_000001.bin"
+    server.files[f"datasets/{name}"] = b"not a shard" * 1000
+    assert download("--train-shards", "2") == 1
+    assert "no token shard" in capsys.readouterr().err
+    assert name not in local_files(tmp_path)
