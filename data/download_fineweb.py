@@ -206,14 +206,15 @@ def download(hub: Hub, files: dict[Path, RemoteFile], cache: Path, parallel: int
 
 def summary(folder: Path, export: Export, train_shards: int) -> str:
     """Opens all shards, which checks their headers, and counts their tokens."""
-    paths = [folder / name for name in export.shard_names(train_shards)]
-    tokens = {"train": 0, "val": 0}
-    for path in paths:
-        tokens[path.name.split("_")[1]] += len(open_data_shard(path))
-    lines = [
-        f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
-        f"fingerprint {data_fingerprint(sorted(paths))}"
-    ]
+    lines, tokens = [], {}
+    names = export.shard_names(train_shards)
+    for split in ("train", "val"):
+        paths = [folder / name for name in names if name.startswith(f"fineweb_{split}_")]
+        tokens[split] = sum(len(open_data_shard(path)) for path in paths)
+        lines.append(
+            f"{split}: {len(paths)} shards, {tokens[split]:,} tokens, fingerprint "
+            f"{data_fingerprint(paths)}"
+        )
     if export.val_tokens not in (None, tokens["val"]):
         lines.append(f"warning: the manifest counts {export.val_tokens:,} validation tokens")
     if train_shards < RUN_SHARDS:

@@ -17,7 +17,7 @@ import torch
 from data.corpus import Corpus, batches
 from data.documents import TextFiles
 from data.progress import Progress
-from data.shards import ShardWriter, count_text_bytes
+from data.shards import ShardWriter, shard_text_bytes
 from data.tokenizing import (
     CACHED_WORD_BYTES,
     Changes,
@@ -169,7 +169,7 @@ class Preparation:
         """Counts the shards' bytes as the evaluation will: they must be the text's."""
         table = TokenBytes(load_tokenizer(self.model, self.args.vocab_size), torch.device("cpu"))
         paths = [self.folder / shard["file"] for shard in split.shards]
-        counted = count_text_bytes(paths, table)
+        counted = sum(shard_text_bytes(paths, i, table) for i in range(len(paths)))
         if split.unknown_tokens:
             split.scored_bytes = counted
         elif counted != split.scored_bytes:

@@ -16,7 +16,6 @@ import argparse
 import errno
 import hashlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,14 +31,13 @@ from data.documents import TextFiles
 from data.pipeline import TOKENIZER_NAME, Memory, Preparation, check_tokenizer
 from data.python_docs import python_docs
 from data.shards import staged_folder, write_json
-from data.workers import Workers
+from data.workers import Workers, usable_cores
 from train_gpt import UserError
 
 MANIFEST_NAME, MANIFEST_FORMAT = "manifest.json", 1
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description="Any UTF-8 text -> a SentencePiece tokenizer and token shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -68,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--stdin-format", choices=("plain", "jsonl"), default="plain", help="of standard input")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens of a shard")
     add("--seed", type=int, default=1337, help="chooses the documents to hold out")
-    add("--workers", type=int, default=cores, help="processes")
+    add("--workers", type=int, default=usable_cores(), help="processes")
     add("--memory-mb", type=int, default=2048, help="memory to use at most, all processes, MB")
     args = parser.parse_args(argv)
     check_arguments(args)

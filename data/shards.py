@@ -62,16 +62,18 @@ class ShardWriter:
         self.file = None
 
 
-def count_text_bytes(paths: Sequence[Path], table: TokenBytes) -> int:
-    """The bytes that val_bpb would divide by, were all tokens of the split's shards scored."""
-    total, previous = 0, np.zeros(0, dtype=np.int64)
-    for path in paths:
-        tokens = open_data_shard(path)
-        for start in range(0, len(tokens), COUNT_TOKENS):
-            block = tokens[start : start + COUNT_TOKENS].astype(np.int64)
-            ids = torch.from_numpy(np.concatenate([previous, block]))
-            total += int(table.of(ids[:-1], ids[1:]).sum())
-            previous = block[-1:]
+def shard_text_bytes(paths: Sequence[Path], index: int, table: TokenBytes) -> int:
+    """The bytes that val_bpb divides by when it scores shard `index` of a split's `paths`.
+
+    The first token of all is not scored; those that open later shards follow the shard before.
+    """
+    tokens, total = open_data_shard(paths[index]), 0
+    previous = open_data_shard(paths[index - 1])[-1:] if index else tokens[:0]
+    for start in range(0, len(tokens), COUNT_TOKENS):
+        block = tokens[start : start + COUNT_TOKENS]
+        ids = torch.from_numpy(np.concatenate([previous, block]).astype(np.int64))
+        total += int(table.of(ids[:-1], ids[1:]).sum())
+        previous = block[-1:]
     return total
 
 

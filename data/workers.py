@@ -19,6 +19,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def start_worker() -> None:
     """Leaves Ctrl-C to the parent, and ends when the parent does, however that came about."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

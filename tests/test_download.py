@@ -217,7 +217,7 @@ def expected(server, train_shards):
 def test_gets_what_was_asked_for_and_then_only_what_is_missing(server, download, tmp_path, capsys):
     assert download("--train-shards", "1") == 0
     assert local_files(tmp_path) == expected(server, 1)
-    assert "200,000 training and 50,000 validation tokens" in capsys.readouterr().out
+    assert "val: 1 shards, 50,000 tokens" in capsys.readouterr().out
     server.sent.clear()
     assert download("--train-shards", "3") == 0
     assert local_files(tmp_path) == expected(server, 3)
