@@ -24,6 +24,7 @@ import sentencepiece as spm
 import torch
 
 from data.overlap import (
+    BLOCK_TOKENS,
     SHINGLE_TOKENS,
     ValidationIndex,
     block_shingles,
