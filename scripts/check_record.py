@@ -1,0 +1,259 @@
+"""Refuses a record that is not what it says.
+
+    python scripts/check_record.py records/TRACK/DATE_NAME
+    python scripts/check_record.py --all                    every record, and submission.json
+    python scripts/check_record.py DIR --rerun              and run its script on the demo data
+
+A record stands if its files are there and nothing else, its logs are complete runs of its
+train_gpt.py (by sha256) with one configuration and different seeds, every number in its
+submission.json and README.md follows from the logs, no seed breaks a limit (16,000,000 bytes, its
+wall clock, 600 s of evaluation), and its script starts inside its folder. Every reason against it
+is printed, a line each; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+from record import LOG_NAME, README, REQUIREMENTS, SCRIPT, SUBMISSION, RecordError
+from run_log import LIMIT_BYTES, LogError, Run, read_runs
+from trainer_runs import DEMO_ENV, ROOT, RunError, help_text, read_env_file, run_trainer
+
+RECORDS = ROOT / "records"
+MAX_JSON_BYTES = 1 << 20
+
+
+def read_submission(path: Path) -> dict[str, Any]:
+    """Raises RecordError unless the file holds a JSON object of a sensible size."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise RecordError(f"{path.name} has more than {MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path.name} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path.name} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RecordError(f"{path.name} is no JSON object")
+    return value
+
+
+def file_errors(folder: Path) -> Iterator[str]:
+    names = {path.name for path in folder.iterdir()}
+    required = {README, SUBMISSION, SCRIPT, REQUIREMENTS}
+    yield from (f"{name} is missing" for name in sorted(required - names))
+    logs = {name for name in names if LOG_NAME.fullmatch(name)}
+    if not logs:
+        yield "there is no train_seed<N>.log"
+    for name in sorted(names - required - logs):
+        if not record.FIGURE_NAME.fullmatch(name):
+            yield f"{name} does not belong to a record"
+
+
+def read_logs(folder: Path) -> list[Run]:
+    return read_runs(sorted(p for p in folder.iterdir() if LOG_NAME.fullmatch(p.name)))
+
+
+def script_errors(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
+    """Whether the script in the folder is the one that made the logs, and starts there."""
+    script = folder / SCRIPT
+    digest, size = record.file_sha256(script), script.stat().st_size
+    for run in runs:
+        code = run.last("code")
+        if code.pairs.get("sha256") != digest:
+            yield f"{run.path.name} was made by another script: its sha256 is not {SCRIPT}'s"
+        elif code.integer("bytes") != size:
+            yield f"{run.path.name} counts {code.integer('bytes')} bytes, {SCRIPT} has {size}"
+        match = LOG_NAME.fullmatch(run.path.name)
+        if match and int(match[1]) != run.seed:
+            yield f"{run.path.name} is a run of seed {run.seed}"
+    try:
+        help_text(script)
+    except RunError as error:
+        yield f"{SCRIPT} does not start inside the record's folder: {error}"
+
+
+def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
+    """Where two JSON values differ; numbers to nine digits, as t and p vary by library version."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in sorted(expected.keys() | found.keys()):
+            name = f"{where}.{key}" if where else key
+            if key not in found or key not in expected:
+                yield f"{name} is {'missing' if key in expected else 'unknown'}"
+            else:
+                yield from differences(found[key], expected[key], name)
+        return
+    numeric = all(type(v) in (int, float) for v in (found, expected))
+    same = math.isclose(found, expected, rel_tol=1e-9) if numeric else found == expected
+    if not same:
+        yield f"{where} is {found!r}, the logs give {expected!r}"
+
+
+def content_errors(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
+    """What in submission.json, README.md and requirements.txt does not follow from the logs."""
+    found = read_submission(folder / SUBMISSION)
+    identity, base = record.read_identity(found), record.base_in(found)
+    expected = json.loads(
+        record.to_json(record.build_submission(runs, identity, str(found.get("track")), base))
+    )
+    if base and expected["comparison"]["t"] is None and found["comparison"].get("t") is not None:
+        # Without scipy the test cannot be repeated; the difference still is.
+        expected["comparison"] |= {
+            k: found["comparison"].get(k) for k in ("test", "t", "p", "p_lower")
+        }
+    wrong = list(differences(found, expected))
+    yield from (f"{SUBMISSION}: {text}" for text in wrong)
+    place = f"{expected['track']}/{record.folder_name(expected)}"
+    if f"{folder.parent.name}/{folder.name}" != place:
+        yield f"the folder must be {place}, by its track, date and name"
+    if wrong:
+        return
+    readme = (folder / README).read_text(encoding="utf-8", errors="replace")
+    for what, text in (
+        ("headline", record.headline(found)),
+        ("results table", record.results_table(runs)),
+        ("comparison", record.comparison_section(found)),
+    ):
+        if text not in readme:
+            yield f"{README}: its {what} is not that of the logs"
+    if (folder / REQUIREMENTS).read_text(encoding="utf-8") != record.requirements(runs[0]):
+        yield f"{REQUIREMENTS} does not list the versions of the logs"
+
+
+def check(folder: Path) -> list[str]:
+    """Every reason why `folder` is not a record; none if it is one."""
+    if not folder.is_dir():
+        return [f"{folder} is no folder"]
+    errors = list(file_errors(folder))
+    if errors:
+        return errors
+    try:
+        runs = read_logs(folder)
+        return [*script_errors(folder, runs), *content_errors(folder, runs)]
+    except (RecordError, LogError) as error:
+        return str(error).splitlines()
+
+
+def rerun(folder: Path, env: Mapping[str, str]) -> tuple[list[str], str]:
+    """Runs the record's script in its folder; returns the errors, and the score it reached."""
+    data = Path(env.get("DATA_PATH", ""))
+    if not list(data.glob("fineweb_val_*.bin")):
+        return [f"DATA_PATH={data} has no validation shard: bash scripts/demo.sh makes one"], ""
+    script = folder.resolve() / SCRIPT
+    before = {path.name for path in folder.iterdir()}
+    with tempfile.TemporaryDirectory() as output:
+        try:
+            run = run_trainer(script, env, Path(output))
+        except RunError as error:
+            return [str(error)], ""
+    errors = [f"the rerun's log is missing {text}" for text in run.missing]
+    if run.last("code").pairs.get("sha256") != record.file_sha256(script):
+        errors.append("the rerun's log gives another sha256 than the script's")
+    if run.bytes.get("total_bytes", 0) > LIMIT_BYTES:
+        errors.append(f"the rerun needs {run.bytes['total_bytes']:,} bytes")
+    litter = {path.name for path in folder.iterdir()} - before
+    errors += [f"the rerun left {name} in the folder" for name in sorted(litter)]
+    score = run.scores.get(str(run.final))
+    return errors, f"rerun: val_bpb {score.val_bpb:.8f} on {data}" if score else ""
+
+
+def all_records(records: Path) -> list[Path]:
+    return sorted(path for path in records.glob("track_*/*") if path.is_dir())
+
+
+def root_errors(records: Path) -> list[str]:
+    """Whether the root's submission.json is the one of the best record."""
+    path = records.parent / SUBMISSION
+    best = best_record(records)
+    if best is None:
+        return [f"{SUBMISSION} exists, but no record does"] if path.exists() else []
+    try:
+        found = read_submission(path)
+        return [f"{SUBMISSION}: {text}" for text in differences(found, root_submission(best))]
+    except RecordError as error:
+        return [f"{error}: scripts/package_record.py --update-root writes it"]
+
+
+def best_record(records: Path) -> Path | None:
+    """The record that speaks for the repository.
+
+    FineWeb with 8 H100 goes before any other, a GPU before a CPU; then the records on the same
+    validation text as the newest one compete by val_bpb. Across texts bpb cannot be compared.
+    """
+    found = {path: read_submission(path / SUBMISSION) for path in all_records(records)}
+    for path, submission in found.items():
+        needed = {"leaderboard_comparable", "hardware", "date", "recipe", "data", "val_bpb"}
+        if not needed <= submission.keys():
+            raise RecordError(f"{path} is no record: check_record.py says why")
+    if not found:
+        return None
+
+    def rank(path: Path) -> tuple[bool, bool]:
+        return found[path]["leaderboard_comparable"], not found[path]["hardware"].startswith("CPU")
+
+    newest = max(found, key=lambda path: (rank(path), found[path]["date"], path.name))
+    rivals = [
+        path
+        for path in found
+        if rank(path) == rank(newest)
+        and found[path]["recipe"] == found[newest]["recipe"]
+        and validation(found[path]) == validation(found[newest])
+    ]
+    return min(rivals, key=lambda path: (found[path]["val_bpb"], path.name))
+
+
+def validation(submission: Mapping[str, Any]) -> tuple[Any, ...]:
+    data = submission["data"]
+    return tuple(data.get(f"val_{key}") for key in ("fingerprint", "tokens_scored", "bytes_scored"))
+
+
+def root_submission(folder: Path) -> dict[str, Any]:
+    """A record's submission.json with the place of the record."""
+    place = f"records/{folder.parent.name}/{folder.name}"
+    return {"record": place, **read_submission(folder / SUBMISSION)}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", type=Path, nargs="*", metavar="DIR")
+    parser.add_argument("--all", action="store_true", help="every record of the repository")
+    parser.add_argument("--rerun", action="store_true", help="also run the script on the demo data")
+    parser.add_argument(
+        "--env", type=Path, default=DEMO_ENV, help="KEY=value lines with the settings of --rerun"
+    )
+    args = parser.parse_args(argv)
+    if bool(args.folders) == args.all:
+        parser.error("name the folders of records, or --all")
+    folders = all_records(RECORDS) if args.all else [path.resolve() for path in args.folders]
+    errors = {folder: check(folder) for folder in folders}
+    try:
+        env = read_env_file(args.env) if args.rerun else {}
+    except RunError as error:
+        parser.error(str(error))
+    for folder, found in errors.items():
+        print(f"{folder.name}: {'refused' if found else 'stands'}", flush=True)
+        if args.rerun and not found:
+            print("  rerun: the whole run of the demo, minutes on a CPU ...", flush=True)
+            failed, text = rerun(folder, env)
+            found += failed
+            print(f"  {text or 'rerun: failed'}")
+        for text in found:
+            print("  refused: " + text.replace("\n", "\n    "))
+    root = root_errors(RECORDS) if args.all and not any(errors.values()) else []
+    for text in root:
+        print(f"refused: {text}")
+    return 1 if root or any(errors.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,327 @@
+"""Draws the logs of one or more seeds as PNGs for a write-up.
+
+    pip install matplotlib
+    python scripts/plot_logs.py logs/seeds/train_seed*.log -o build/plots
+
+loss.png        training loss and bpb, validation bpb, over steps and over seconds
+step_time.png   milliseconds of a step over the run, and their mean by number of passes
+recurrence.png  hidden growth ratio, residual scale and feedback norm of each pass
+ttt.png         running bpb of the evaluation with test-time training
+bytes.png       bytes of code and model against the limit
+
+Every seed is a line of its own; vertical lines mark where passes are added and where SWA and
+quantization-aware training start, in the first seed. A picture is drawn if a log has its data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from run_log import LIMIT_BYTES, LogError, Run, read_runs
+
+# Okabe and Ito's colours: told apart with any colour vision; styles help where colours repeat.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+STYLE = {
+    "font.size": 15,
+    "axes.titlesize": 16,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 2.2,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "svg.hashsalt": "",
+}
+
+
+def colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def series(run: Run, key: str) -> tuple[list[int], list[float], list[float]]:
+    """(steps, seconds, values) of the lines of steps that have a number at `key`."""
+    found = [(s.step, s.seconds, s.event.number(key)) for s in run.steps_logged]
+    rows = [(step, seconds, value) for step, seconds, value in found if value is not None]
+    return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+
+
+def validations(run: Run) -> list[tuple[int, float]]:
+    """(step, val_bpb) of the validations during training, and of the weights at the end of it."""
+    found = [(e.step(), e.number("val_bpb")) for e in run.all("") if "val_bpb" in e.pairs]
+    if run.steps is not None and "pre_quant" in run.scores:
+        found.append((run.steps, run.scores["pre_quant"].val_bpb))
+    return [(step, bpb) for step, bpb in found if step is not None and bpb is not None]
+
+
+def seconds_at(run: Run, step: int) -> float | None:
+    """The clock when `step` ended, as far as lines around it tell."""
+    lines = run.steps_logged
+    for before, after in zip(lines, lines[1:], strict=False):
+        if before.step <= step <= after.step and after.step > before.step:
+            share = (step - before.step) / (after.step - before.step)
+            return before.seconds + share * (after.seconds - before.seconds)
+    return run.train_seconds if step == run.steps else None
+
+
+def marks(run: Run) -> Iterator[tuple[int, str]]:
+    """(step, label) of what changes during training."""
+    for step, passes in run.growth[1:]:
+        yield step, f"{passes} passes"
+    for name, label in (("swa", "SWA"), ("late_qat", "QAT")):
+        step = run.last(name).step()
+        if step is not None:
+            yield step, label
+
+
+def draw_marks(axis: Any, run: Run, *, by_seconds: bool = False) -> None:
+    """Vertical lines with their labels along the top, in rows where they would overlap."""
+    rows: list[float] = []  # the right end of the last label in each row, as a fraction
+    low, high = axis.get_xlim()
+    for step, label in sorted(marks(run)):
+        place = seconds_at(run, step) if by_seconds else step
+        if place is None:
+            continue
+        axis.axvline(place, color="#555555", linewidth=1.2, linestyle=(0, (2, 2)))
+        at = (place - low) / (high - low)
+        row = next((i for i, end in enumerate(rows) if at >= end), len(rows))
+        rows[row : row + 1] = [at + 0.022 * len(label)]
+        axis.annotate(
+            label,
+            (place, 0.99 - 0.07 * row),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=12,
+            color="#333333",
+            va="top",
+            annotation_clip=False,
+        )
+
+
+def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
+    rows = (("train_loss", "training loss, nats/token"), ("train_bpb", "bits per byte"))
+    rows = tuple(row for row in rows if any(series(run, row[0])[0] for run in runs))
+    if not rows:
+        return None
+    figure, axes = plt.subplots(
+        len(rows), 2, figsize=(14, 5 * len(rows)), sharey="row", squeeze=False
+    )
+    for (key, label), pair in zip(rows, axes, strict=True):
+        for i, run in enumerate(runs):
+            steps, seconds, values = series(run, key)
+            for axis, x in zip(pair, (steps, seconds), strict=True):
+                axis.plot(x, values, color=colour(i), label=f"seed {run.label}", alpha=0.85)
+            if key == "train_bpb":
+                draw_validations(pair, run, i)
+        zoom(pair[0], [v for run in runs for v in series(run, key)[2]])
+        pair[0].set_ylabel(label)
+        for axis, by_seconds, name in zip(pair, (False, True), ("step", "seconds"), strict=True):
+            axis.set_xlabel(name)
+            draw_marks(axis, runs[0], by_seconds=by_seconds)
+    axes[0][1].legend(loc="upper right", bbox_to_anchor=(1.0, 0.85))
+    if len(rows) > 1:
+        axes[1][0].plot([], [], "o", color="#555555", label="validation")
+        axes[1][0].legend(loc="upper right", bbox_to_anchor=(1.0, 0.85))
+    return figure
+
+
+def draw_validations(pair: Sequence[Any], run: Run, i: int) -> None:
+    for step, bpb in validations(run):
+        for axis, x in zip(pair, (step, seconds_at(run, step)), strict=True):
+            if x is not None:
+                axis.plot([x], [bpb], "o", color=colour(i), markeredgecolor="white", markersize=9)
+
+
+def zoom(axis: Any, values: Sequence[float]) -> None:
+    """Cuts off the steep first tenth of a falling curve, so that the rest can be read."""
+    ordered = sorted(values)
+    if len(ordered) >= 10:
+        high = ordered[int(0.9 * (len(ordered) - 1))]
+        low = ordered[0]
+        axis.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
+
+
+def draw_step_time(plt: Any, runs: Sequence[Run]) -> Any:
+    passes = sorted({p for run in runs for p in run.step_ms_by_passes()})
+    if not passes:
+        return None
+    figure, (over_run, bars) = plt.subplots(1, 2, figsize=(14, 5))
+    for i, run in enumerate(runs):
+        points = [
+            (b.step, 1000 * (b.seconds - a.seconds) / (b.step - a.step)) for a, b in run.intervals()
+        ]
+        over_run.step(*zip(*points, strict=True), where="pre", color=colour(i), label=run.label)
+        times = run.step_ms_by_passes()
+        width = 0.8 / len(runs)
+        for k, p in enumerate(passes):
+            if p in times:
+                x = k + (i - (len(runs) - 1) / 2) * width
+                bars.bar(x, times[p], 0.92 * width, color=colour(i))
+                bars.annotate(
+                    f"{times[p]:.4g}", (x, times[p]), ha="center", va="bottom", fontsize=12
+                )
+    over_run.set(xlabel="step", ylabel="ms per step")
+    over_run.set_ylim(0, 1.25 * over_run.get_ylim()[1])
+    draw_marks(over_run, runs[0])
+    over_run.legend(title="seed", loc="lower right")
+    bars.set_xticks(range(len(passes)), [f"{p} pass{'es'[: 2 * (p > 1)]}" for p in passes])
+    bars.set(ylabel="ms per step, mean")
+    bars.grid(axis="x", visible=False)
+    return figure
+
+
+def draw_recurrence(plt: Any, runs: Sequence[Run]) -> Any:
+    panels = (
+        ("growth", "growth ratio", 0),
+        ("residual_scale", "residual scale", 1),
+        ("feedback_norm", "feedback norm", 0),
+    )
+    panels = tuple(p for p in panels if any(s.event.numbers(p[0]) for s in runs[0].steps_logged))
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.5), squeeze=False)
+    for axis, (key, title, first) in zip(axes[0], panels, strict=True):
+        for i, run in enumerate(runs):
+            lines = [(s.step, s.event.numbers(key)) for s in run.steps_logged]
+            count = max(len(values) for _, values in lines)
+            for k in range(count):
+                points = [(step, values[k]) for step, values in lines if len(values) > k]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=colour(k + first),
+                    linestyle=STYLES[i % len(STYLES)],
+                    label=f"pass {k + first + 1}" if i == 0 else None,
+                )
+        axis.set(title=title, xlabel="step")
+        axis.margins(y=0.2)
+        draw_marks(axis, runs[0])
+        axis.legend(loc="best")
+    if len(runs) > 1:
+        seeds = [f"{run.label}: {STYLES[i % len(STYLES)]}" for i, run in enumerate(runs)]
+        figure.suptitle("one line style a seed   " + "    ".join(seeds), fontsize=13)
+    return figure
+
+
+def draw_ttt(plt: Any, runs: Sequence[Run]) -> Any:
+    figure, axis = plt.subplots(figsize=(10, 5.5))
+    drawn = False
+    for i, run in enumerate(runs):
+        points = []
+        for event in run.all("ttt_chunk"):
+            chunk, bpb = event.pairs.get("chunk", "").split("/")[0], event.number("val_bpb")
+            if chunk.isdigit() and bpb is not None:
+                points.append((int(chunk), bpb))
+        if not points:
+            continue
+        drawn = True
+        axis.plot(*zip(*points, strict=True), color=colour(i), label=f"seed {run.label}, TTT")
+        if "sliding" in run.scores:
+            axis.axhline(run.scores["sliding"].val_bpb, color=colour(i), linestyle=":")
+    if not drawn:
+        return None
+    if any("sliding" in run.scores for run in runs):
+        axis.plot([], [], color="#555555", linestyle=":", label="whole text, without TTT")
+    axis.set(xlabel="chunks scored", ylabel="bpb of the text so far")
+    axis.legend()
+    return figure
+
+
+def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
+    known = [run for run in runs if {"code_bytes", "model_bytes"} <= run.bytes.keys()]
+    if not known:
+        return None
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 1.1 * len(known)))
+    for i, run in enumerate(reversed(known)):
+        left = 0
+        for key, shade in (("model_bytes", COLOURS[0]), ("code_bytes", COLOURS[4])):
+            size = run.bytes[key]
+            label = key.removesuffix("_bytes") if i == 0 else None
+            axis.barh(i, size, left=left, color=shade, height=0.7, label=label)
+            left += size
+        text = f"{run.bytes['model_bytes']:,} + {run.bytes['code_bytes']:,}"
+        inside = left > LIMIT_BYTES / 2
+        axis.annotate(
+            f"{text}; {LIMIT_BYTES - left:,} left",
+            (left, i),
+            xytext=(-8 if inside else 8, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            color="white" if inside else "black",
+        )
+    axis.axvline(LIMIT_BYTES, color=COLOURS[1], label="limit")
+    axis.set_yticks(range(len(known)), [f"seed {run.label}" for run in reversed(known)])
+    axis.set_xlim(0, 1.02 * LIMIT_BYTES)
+    axis.set_xlabel("million bytes")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Any, Sequence[Run]], Any]] = {
+    "loss": draw_loss,
+    "step_time": draw_step_time,
+    "recurrence": draw_recurrence,
+    "ttt": draw_ttt,
+    "bytes": draw_bytes,
+}
+
+
+def draw_all(runs: Sequence[Run], output: Path) -> tuple[list[Path], list[str]]:
+    """Draws what the logs have data for; returns the files, and the names of the rest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    output.mkdir(parents=True, exist_ok=True)
+    written, lacking = [], []
+    with plt.rc_context(STYLE):
+        for name, draw in PICTURES.items():
+            figure = draw(plt, runs)
+            if figure is None:
+                lacking.append(name)
+                continue
+            figure.tight_layout()
+            path = output / f"{name}.png"
+            temporary = path.with_suffix(".tmp")
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+            temporary.replace(path)
+            written.append(path)
+        plt.close("all")
+    return written, lacking
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    try:
+        runs = read_runs(args.logs)
+        written, lacking = draw_all(runs, args.output)
+    except ImportError:
+        print("error: plots need matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    except (LogError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(path)
+    for name in lacking:
+        print(f"{name}: not drawn, the logs have no data for it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

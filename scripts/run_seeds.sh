@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Trains the file that is submitted once for each seed, and keeps a log of each run.
+#
+#   bash scripts/run_seeds.sh                      seeds 1337 42 2025 on all GPUs, else on the CPU
+#   bash scripts/run_seeds.sh --demo               the demo's small model and data (minutes, no GPU)
+#   bash scripts/run_seeds.sh --seeds "1 2" --output logs/mine -- --matrix-lr 0.03
+#
+# Options:
+#   --seeds "N N ..."   default "1337 42 2025"
+#   --output DIR        default logs/seeds: train_gpt.py as it ran, and for each finished seed
+#                       train_seed<N>.log and train_seed<N>.int6.xz
+#   --env FILE          KEY=value lines for variables that are not set yet
+#   --demo              --env scripts/demo.env
+#   --nproc N           processes; default: one for each GPU, one without
+#   --self-extracting   run the compressed form of the script
+#   -- FLAGS            flags of train_gpt.py
+#
+# The script is minified first, and that file is what runs. A seed whose log is in DIR is not run
+# again, so the same command after an interruption goes on at the first missing seed; what an
+# interrupted run had logged is moved to DIR/interrupted. Other settings are environment variables.
+set -euo pipefail
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+seeds="1337 42 2025" output=logs/seeds env_file="" nproc="" minify_flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --seeds | --output | --env | --nproc)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            case $1 in
+                --seeds) seeds=$2 ;;
+                --output) output=$2 ;;
+                --env) env_file=$2 ;;
+                --nproc) nproc=$2 ;;
+            esac
+            shift
+            ;;
+        --demo) env_file=$root/scripts/demo.env ;;
+        --self-extracting) minify_flags=(--self-extracting) ;;
+        -h | --help) usage; exit 0 ;;
+        --) shift; break ;;
+        *) fail "unknown option $1: see --help (flags of train_gpt.py come after --)" ;;
+    esac
+    shift
+done
+for seed in $seeds; do
+    [[ $seed =~ ^[0-9]+$ ]] || fail "--seeds: '$seed' is no seed: write whole numbers"
+done
+[ -n "$seeds" ] || fail "--seeds is empty: write at least one seed"
+[[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || fail "--nproc: '$nproc' is no number of processes"
+
+if [ -n "$env_file" ]; then
+    [ -f "$env_file" ] || fail "--env: $env_file is missing"
+    while IFS= read -r line || [ -n "$line" ]; do
+        line=${line#export }
+        [[ $line =~ ^[A-Z][A-Z0-9_]*= ]] || continue
+        name=${line%%=*} value=${line#*=}
+        value=${value#[\"\']} value=${value%[\"\']}
+        [ -n "${!name+set}" ] || export "$name=$value"
+    done <"$env_file"
+fi
+
+cd "$root"
+python=${PYTHON:-python3}
+[ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
+mkdir -p "$output"
+
+# Two of these in one folder would mistake each other's running log for an interrupted one.
+pid_file=$output/running.pid
+if [ -e "$pid_file" ] && kill -0 "$(cat "$pid_file")" 2>/dev/null; then
+    fail "$output is in use by process $(cat "$pid_file"): wait for it, or choose another --output"
+fi
+echo $$ >"$pid_file"
+trap 'rm -f "$pid_file"' EXIT
+
+script=$output/train_gpt.py new=$output/new/train_gpt.py
+"$python" scripts/minify.py -o "$new" ${minify_flags[@]+"${minify_flags[@]}"}
+if compgen -G "$output/train_seed*.log" >/dev/null && ! cmp -s "$new" "$script"; then
+    fail "$output has logs of another train_gpt.py: choose another --output, or move them away"
+fi
+mv "$new" "$script"
+rmdir "$output/new"
+
+if [ -z "$nproc" ]; then
+    nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+for seed in $seeds; do
+    run=train_seed$seed
+    if [ -e "$output/$run.log" ]; then
+        echo "seed $seed: finished before, kept $output/$run.log"
+        continue
+    fi
+    if [ -e "$output/running/$run.txt" ]; then
+        mkdir -p "$output/interrupted"
+        mv "$output/running/$run.txt" "$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$.txt"
+    fi
+    echo "seed $seed: $nproc process(es), log $output/running/$run.txt"
+    SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running "$python" -m torch.distributed.run \
+        --standalone --nproc_per_node="$nproc" "$script" "$@"
+    "$python" scripts/inspect_logs.py "$output/running/$run.txt" --require-complete >/dev/null ||
+        fail "seed $seed: its log is incomplete and stays in $output/running"
+    mv "$output/running/$run.int6.xz" "$output/$run.int6.xz"
+    mv "$output/running/$run.txt" "$output/$run.log" # last: the log says that the seed is done
+done
+"$python" scripts/inspect_logs.py "$output"/train_seed*.log
