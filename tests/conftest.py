@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sentencepiece as spm
 import torch
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 import train_gpt
 
+ROOT = Path(__file__).resolve().parents[1]
 # At these sizes threads cost more than they gain; the variable is for subprocesses.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

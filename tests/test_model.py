@@ -1,0 +1,264 @@
+"""The model against a plain float64 loop, causality, and the attention kernels."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import leaky_relu
+
+from train_gpt import (
+    BANKS,
+    GPT,
+    Hyperparameters,
+    UserError,
+    bigram_rows,
+    choose_attention,
+    exclude_self,
+    parameter_group,
+    plain_attention,
+    sdpa_attention,
+)
+
+
+def tokens(hp: Hyperparameters, batch: int = 2, seed: int = 1):
+    """Random ids and targets (batch, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, hp.train_seq_len + 1)
+    row = torch.randint(hp.vocab_size, shape, generator=generator, dtype=torch.int32)
+    return row[:, :-1], row[:, 1:]
+
+
+# ------------------------------------------------------------------- the reference: loops, float64
+
+
+def normed(x):
+    return x / math.sqrt(float((x * x).mean()) + 1e-6)
+
+
+def turned(head, position, hp):
+    """RoPE of one head vector at a position: pairs (i, i + n/2) of the first n dims."""
+    n, T = hp.rope_dims, hp.train_seq_len
+    base = hp.rope_base * max(1.0, T / 1024) ** (n / (n - 2))
+    out = head.clone()
+    for i in range(n // 2):
+        angle = position * base ** (-2 * i / n)
+        a, b = head[i], head[i + n // 2]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + n // 2] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def reference_embedding(p, hp, ids):
+    T, rows = len(ids), hp.bigram_vocab_size
+    x = []
+    for t in range(T):
+        e = p["tok_emb"][ids[t]]
+        if rows:
+            row = ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (rows - 1) if t else rows - 1
+            e = e + p["bigram_scale"] * (p["bigram_proj"] @ p["bigram_table"][row])
+        x.append(normed(e))
+    g = torch.sigmoid(p["smear_gate"])
+    before = [torch.zeros_like(x[0]), *x[:-1]]
+    return torch.stack([(1 - g) * x[t] + g * before[t] for t in range(T)])
+
+
+def reference_attention(p, hp, i, x, ids):
+    """x (T, D), already normed and scaled."""
+    L, H, G = hp.num_layers, hp.num_heads, hp.num_kv_heads
+    T, E = len(x), hp.model_dim // hp.num_heads
+    q, k, v = (x @ p["qo_bank"][i].T, x @ p["kv_bank"][i].T, x @ p["kv_bank"][L + i].T)
+    if i in hp.ve_layer_ids:
+        weight = p["ve_scale"] * p["ve_layer_scale"][hp.ve_layer_ids.index(i)]
+        v = v + weight * (p["ve_table"][ids] @ p["ve_proj"].T)
+    xsa = i >= L - hp.xsa_last_n and not hp.core_start <= i < hp.core_end
+    y = torch.zeros(T, H * E, dtype=torch.float64)
+    for h in range(H):
+        g = h // (H // G)
+        heads = slice(h * E, (h + 1) * E), slice(g * E, (g + 1) * E)
+        for t in range(T):
+            query = p["q_gain"][i, h] * turned(normed(q[t, heads[0]]), t, hp)
+            keys = [turned(normed(k[s, heads[1]]), s, hp) for s in range(t + 1)]
+            weights = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(E), 0)
+            out = weights @ v[: t + 1, heads[1]]
+            if xsa:
+                own = v[t, heads[1]] / v[t, heads[1]].norm()
+                out = out - (out @ own) * own
+            y[t, heads[0]] = out
+    return y @ p["qo_bank"][L + i].T
+
+
+def reference_block(p, hp, i, x, x0, ids):
+    s = 1 / math.sqrt(i + 1)
+    x = p["resid_mix"][i, 0] * x + p["resid_mix"][i, 1] * x0
+    normal = torch.stack([normed(row) * s for row in x])
+    x = x + p["attn_scale"][i] * reference_attention(p, hp, i, normal, ids)
+    normal = torch.stack([normed(row) * s for row in x])
+    hidden = leaky_relu(normal @ p["mlp_up_bank"][i].T, 0.5) ** 2
+    return x + p["mlp_scale"][i] * (hidden @ p["mlp_down_bank"][i].T)
+
+
+def reference_losses(model, ids, targets):
+    """The losses (T,) of a plain stack of the layers: no recurrence, no batch."""
+    hp, ids = model.hp, ids.tolist()
+    p = {name: t.detach().double() for name, t in model.named_parameters()}
+    x0 = x = reference_embedding(p, hp, ids)
+    outputs = []
+    for i in range(hp.num_layers):
+        if i >= hp.core_end and (j := i - hp.core_end) < hp.core_start:
+            x = x + p["skip_weight"][j] * outputs[hp.core_start - 1 - j]
+        x = reference_block(p, hp, i, x, x0, ids)
+        outputs.append(x)
+    logits = torch.stack([normed(row) for row in x]) @ p["tok_emb"].T
+    logits = hp.logit_softcap * torch.tanh(logits / hp.logit_softcap)
+    return torch.stack(
+        [torch.logsumexp(row, 0) - row[t] for row, t in zip(logits, targets.tolist(), strict=True)]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bigram_vocab_size": 0, "ve_layers": "none", "xsa_last_n": 0},
+        {"core_start": 2, "core_end": 9, "xsa_last_n": 11, "num_kv_heads": 1, "ve_layers": "0,5"},
+        {"core_start": 1, "core_end": 2, "num_layers": 3, "ve_layers": "1", "rope_dims": 8},
+    ],
+    ids=["default", "without extras", "wide core", "three layers"],
+)
+def test_one_pass_is_the_plain_stack(tiny, random_model, changes):
+    hp = tiny(train_seq_len=8, **changes)
+    model = random_model(hp)
+    ids, targets = tokens(hp)
+    losses, _ = model(ids, targets, num_passes=1)
+    for row in range(len(ids)):
+        expected = reference_losses(model, ids[row], targets[row])
+        assert expected.std() > 0.1, "the comparison means something"
+        torch.testing.assert_close(losses[row].double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_rope_is_stretched_beyond_1024_tokens(tiny):
+    """The base at 2,048 tokens is 22,082 for 16 dims (NTK scaling)."""
+    hp = Hyperparameters(model_dim=64, num_heads=1, num_kv_heads=1, num_layers=11)
+    model = GPT(hp)
+    slowest = torch.atan2(model.sin[1, 7], model.cos[1, 7]).item()
+    assert slowest == pytest.approx(22_082 ** (-14 / 16), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------- properties
+
+
+@pytest.mark.parametrize("num_passes", [1, 3])
+def test_a_loss_depends_on_no_later_token(tiny, random_model, num_passes):
+    """Tokens from position p on are changed: every loss before p is bit-identical."""
+    hp = tiny()
+    model = random_model(hp)
+    ids, targets = tokens(hp)
+    with torch.no_grad():
+        losses, _ = model(ids, targets, num_passes)
+        for p in (1, 2, 15, 30, 31):
+            changed, aims = ids.clone(), targets.clone()
+            changed[:, p:] = (changed[:, p:] + 7) % hp.vocab_size
+            aims[:, p - 1 : -1] = changed[:, p:]
+            aims[:, -1] = (aims[:, -1] + 7) % hp.vocab_size
+            other, _ = model(changed, aims, num_passes)
+            assert torch.equal(other[:, : p - 1], losses[:, : p - 1])
+            assert (other[:, p - 1 :] != losses[:, p - 1 :]).all(), "the change is seen"
+
+
+def test_a_loss_is_a_normalized_probability(tiny, random_model):
+    """Over all possible targets of a position the probabilities sum to 1."""
+    hp = tiny(micro_batch_tokens=32 * 320)
+    model = random_model(hp)
+    ids, _ = tokens(hp, batch=1)
+    every = torch.arange(hp.vocab_size, dtype=torch.int32)[:, None].expand(-1, hp.train_seq_len)
+    with torch.no_grad():
+        losses, _ = model(ids.expand(hp.vocab_size, -1), every, 2)
+    torch.testing.assert_close(losses.neg().exp().sum(0), torch.ones(hp.train_seq_len))
+
+
+def test_score_last_is_the_end_of_all_scores(tiny, random_model):
+    hp = tiny()
+    model = random_model(hp)
+    ids, targets = tokens(hp)
+    losses, _ = model(ids, targets, 2)
+    last, _ = model(ids, targets, 2, score_last=5)
+    assert last.shape == (2, 5)
+    torch.testing.assert_close(last, losses[:, -5:], rtol=1e-6, atol=1e-6)
+
+
+def test_the_start(tiny):
+    """Every block begins as the identity and the prediction near uniform."""
+    hp = tiny()
+    torch.manual_seed(0)
+    model = GPT(hp)
+    L = hp.num_layers
+    for matrix in (*model.qo_bank[:L], *model.kv_bank, *model.mlp_up_bank):
+        small = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
+        torch.testing.assert_close(small @ small.T, torch.eye(len(small)), rtol=0, atol=1e-5)
+    assert model.qo_bank[L:].count_nonzero() == model.mlp_down_bank.count_nonzero() == 0
+    losses, stability = model(*tokens(hp), 3)
+    assert losses.mean().item() == pytest.approx(math.log(hp.vocab_size), abs=0.05)
+    assert stability.update.count_nonzero() == 0
+
+
+def test_parameters_are_counted_and_grouped():
+    """26,698,335 of the flat predecessor, 2,560 of the feedback, less its third residual scale."""
+    with torch.device("meta"):
+        model = GPT(Hyperparameters())
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(sizes.values()) == 26_698_335 + 2_560 - 1
+    feedback = [n for name, n in sizes.items() if name.split(".")[-1] in "UVd"]
+    assert sum(feedback) == 2_560
+    groups = {}
+    for name in sizes:
+        groups.setdefault(parameter_group(name), set()).add(name)
+    assert groups["muon"] == set(BANKS)
+    assert groups["table"] == {"tok_emb", "bigram_table", "ve_table"}
+    assert groups["projection"] == {"bigram_proj", "ve_proj"}
+    assert groups["scalar"] >= {"smear_gate", "recurrence.U", "recurrence.residual_scale"}
+
+
+def test_bigram_rows_wrap_in_int32_as_on_every_device():
+    """Rows stay inside the table for the largest tokens, whose products exceed 31 bits."""
+    ids = torch.tensor([[65_535, 65_535, 0, 65_535, 1]], dtype=torch.int32)
+    rows = bigram_rows(ids, 512)
+    assert rows[0, 0] == 511
+    assert ((rows[:, 1:] >= 0) & (rows[:, 1:] < 511)).all()
+    for place, (a, b) in enumerate(zip([65_535, 0, 65_535, 1], ids[0].tolist(), strict=False), 1):
+        wrapped = [(n + 2**31) % 2**32 - 2**31 for n in (36_313 * a, 27_191 * b)]
+        assert rows[0, place] == (wrapped[0] ^ wrapped[1]) % 511
+
+
+def test_xsa_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    out = exclude_self(y, v)
+    own = v.repeat_interleave(2, dim=2)
+    assert (out * own).sum(-1).abs().max() < 1e-5
+    ratio = (y - out) / own
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-3, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_fast_attention_is_plain_attention(heads):
+    """Forward and all three gradients."""
+    torch.manual_seed(0)
+    shapes = [(2, 24, n, 8) for n in (heads[0], heads[1], heads[1])]
+    qkv = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weight = torch.randn(shapes[0])
+    results = []
+    for attend in (plain_attention, sdpa_attention):
+        y = attend(*qkv)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), qkv)])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_that_is_asked_for_runs_or_is_refused(tiny, runtime):
+    assert choose_attention(tiny(attention="plain"), runtime) == ("plain", plain_attention)
+    name, attend = choose_attention(tiny(), runtime)
+    assert (name.split("_")[0], attend) == ("sdpa", sdpa_attention)
+    with pytest.raises(UserError, match="attention=fa3"):
+        choose_attention(tiny(attention="fa3"), runtime)
