@@ -93,7 +93,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        leftovers = sorted(target.parent.glob(f".{target.name}.partial-*"))
+        leftovers = sorted(target.parent.glob(f".{target.name}.*-*"))
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
         raise UserError(
@@ -104,12 +104,21 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)  # mkdtemp makes folders that nobody else can read
-        if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-            target.rename(replaced / target.name)
-            staging.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(target)
+        put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Renames `staging` to `target`; what stood there is removed only after that."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+    try:
+        target.rename(aside / target.name)
+        staging.rename(target)
+    finally:
+        if not target.exists():
+            (aside / target.name).rename(target)
+        shutil.rmtree(aside)
