@@ -130,7 +130,7 @@ class Hyperparameters:
     shuffle: bool = opt(True, "", "read the windows of all shards in a seeded random order")
     # Model
     vocab_size: int = opt(1024, "8..65536", "pieces of the tokenizer")
-    train_seq_len: int = opt(2048, ">=8", "tokens of a window, in training and evaluation")
+    train_seq_len: int = opt(2048, "8..1048576", "tokens of a window, in training and evaluation")
     num_layers: int = opt(11, "1..256", "unique layers")
     model_dim: int = opt(512, "8..16384", "width of the residual stream")
     num_heads: int = opt(8, "1..256", "query heads")
@@ -220,6 +220,10 @@ class Hyperparameters:
         core = f"core_start={self.core_start}, core_end={self.core_end}"
         inside = self.core_start < self.core_end <= n
         yield inside, f"{core}: the core must be a non-empty range of the {n} layers"
+        width = (
+            f"mlp_mult={self.mlp_mult} leaves no MLP beside model_dim={self.model_dim}: raise it"
+        )
+        yield self.mlp_dim >= 1, width
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
         divides = self.model_dim % self.num_heads == 0 == self.num_heads % self.num_kv_heads
         yield divides, f"model_dim={self.model_dim}, {heads}: each must divide the one before"
@@ -461,12 +465,11 @@ class Log:
         self.file, self.bar, self.since = None, False, time.perf_counter()
         if path is None:
             return
+        text = f"run_id: the log {path} exists and is never overwritten: choose another run_id"
+        require(not path.exists(), text)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("x", encoding="utf-8")
-        except FileExistsError:
-            text = f"run_id: the log {path} exists and is never overwritten: choose another run_id"
-            raise UserError(text) from None
         except OSError as error:
             text = f"output_dir: cannot write {path} ({error.strerror}): choose another folder"
             raise UserError(text) from None
@@ -813,7 +816,7 @@ def choose_attention(hp: Hyperparameters, runtime: Runtime) -> tuple[str, Attend
     cuda = torch.backends.cuda
 
     def only_cudnn(yes: bool) -> None:
-        # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64 on an H100; FlashAttention 2,
+        # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention,
         # PyTorch's own first choice: 3.64 ms.
         cuda.enable_cudnn_sdp(yes), cuda.enable_flash_sdp(not yes), cuda.enable_math_sdp(not yes)
         cuda.enable_mem_efficient_sdp(not yes)
@@ -1234,9 +1237,12 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
 
 def run_graphs(hp: Hyperparameters) -> list[tuple[int, bool]]:
     """Every (passes, QAT) that a step can have; a growth by steps can meet QAT anywhere."""
-    by_steps = any(isinstance(start, int) and start for start, _ in hp.growth)
-    steps = {start for start, _ in hp.growth if by_steps} | {0}
-    return sorted({plan_step(hp, s, i / 1000)[:2] for s in steps for i in range(1000)})
+    starts = {start for start, _ in hp.growth}
+    qat_start = 1 - hp.late_qat_threshold * hp.warmdown_frac
+    steps = {start for start in starts if not start % 1}
+    turns = sorted({start for start in starts if start % 1} | {0.0, 1.0, qat_start})
+    times = [*turns[:-1], *((a + b) / 2 for a, b in pairwise(turns))]
+    return sorted({plan_step(hp, step, time)[:2] for step in steps for time in times})
 
 
 class WeightAverage:
@@ -1537,7 +1543,7 @@ class Evaluator:
         self.report(name, **extra)
 
     def run_ttt(self, model: GPT, passes: int) -> None:
-        """Score-first test-time training: each chunk is scored, then (but for the last) trained on."""
+        """Score-first test-time training: each chunk is scored, then trained on (not the last)."""
         hp, flat = self.hp, FlatParameters(model)
         sgd = torch.optim.SGD([flat.whole(slice(None))], hp.ttt_lr, hp.ttt_momentum)
         self.clear()
@@ -1671,15 +1677,16 @@ class Trainer:
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
         optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
         graphs = run_graphs(hp)
-        for i in range(hp.warmup_steps):
-            passes, qat = graphs[i * len(graphs) // hp.warmup_steps]
+        steps = max(hp.warmup_steps, len(graphs)) if hp.warmup_steps else 0
+        for i in range(steps):
+            passes, qat = graphs[i * len(graphs) // steps]
             self.accumulate(
                 random(self.loader.shape).to(runtime.device), passes, floor if qat else None
             )
             optimizer.step(optimizer.reduce(), 1.0, 0.9)
             flat.grad.zero_()
-            self.log.progress((i + 1) / hp.warmup_steps, "warm-up")
-        if hp.warmup_steps and self.model.region is compiled:
+            self.log.progress((i + 1) / steps, "warm-up")
+        if steps and self.model.region is compiled:
             text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
             evaluate_model(
                 copy.deepcopy(self.model), Evaluator(text, self.table, hp, runtime, Log(None))
@@ -1851,16 +1858,13 @@ def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: 
     require(fits, f"{text} at the coarsest setting, kept as {path}: make the model smaller")
 
 
-def load_model(path: Path, evaluator: Evaluator) -> GPT:
-    """A fresh model with the weights of the artifact on disk; other settings are the run's."""
-    stored, tensors = read_artifact(path)
-    hp = replace(evaluator.hp, **stored.architecture())
-    if evaluator.hp.eval_passes is not None:
-        hp = replace(hp, eval_passes=evaluator.hp.eval_passes)
-    evaluator.hp = hp
-    model = build_model(hp, evaluator.runtime, evaluator.log)
-    model.load_state_dict(tensors)
-    return model
+def adopt(hp: Hyperparameters, stored: Hyperparameters) -> Hyperparameters:
+    """The run's settings with the architecture of an artifact; what only training needs, fitted."""
+    T = stored.train_seq_len
+    fitted = {"train_batch_tokens": T, "micro_batch_tokens": max(T, hp.micro_batch_tokens)}
+    fitted |= {"eval_stride": min(T, hp.eval_stride)}
+    fitted |= {"eval_passes": hp.eval_passes or stored.passes_in_evaluation}
+    return replace(hp, **(stored.architecture() | fitted))
 
 
 def evaluate_model(model: GPT, evaluator: Evaluator) -> None:
@@ -1893,10 +1897,14 @@ def open_data(
     return loader, Evaluator(tokens, table, hp, runtime, log)
 
 
-def run(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime) -> None:
+def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> None:
     stamp = time.strftime("%Y%m%d_%H%M%S")
     run_id = runtime.from_main(hp.run_id or f"{stamp}_seed{hp.seed}")
-    folder = Path(hp.output_dir)
+    folder, losses = Path(hp.output_dir), Path(hp.token_losses or "losses.npy")
+    require(losses.parent.is_dir(), f"token_losses={losses}: no such folder: create it first")
+    if hp.evaluate:
+        hp = adopt(hp, read_artifact(Path(hp.evaluate))[0])
+        sources |= dict.fromkeys(hp.architecture(), "artifact")
     log = Log(folder / f"{run_id}.txt" if runtime.is_main else None)
     log.event("run", run_id=run_id, started=stamp)
     log_header(hp, sources, runtime, log)
@@ -1916,13 +1924,16 @@ def run(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime) -> No
         runtime.barrier()
         log.phase("export")
     graphs = graphs_compiled()
-    evaluate_model(load_model(artifact, evaluator), evaluator)
+    stored, tensors = read_artifact(artifact)
+    model = build_model(adopt(hp, stored), runtime, log)
+    model.load_state_dict(tensors)
+    evaluate_model(model, evaluator)
     log.event("evaluated", graphs_compiled=graphs_compiled() - graphs)
     log.phase("evaluation")
     if hp.token_losses and runtime.is_main:
         buffer = io.BytesIO()
         np.save(buffer, evaluator.losses[:-1].cpu().numpy())
-        write_aside(Path(hp.token_losses), buffer.getvalue())
+        write_aside(losses, buffer.getvalue())
 
 
 def main() -> int:

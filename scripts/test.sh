@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, format and tests, in an environment of its own. Time: under 5 minutes on 2 cores, once the
+# packages are installed. Arguments go to pytest: bash scripts/test.sh -k recurrence
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install requirements.txt
+install tests/requirements.txt
+
+ruff check .
+ruff format --check .
+python -m pytest "$@"
+for record in records/*/*/; do
+  [ ! -d "$record" ] || python scripts/check_record.py "$record"
+done
