@@ -144,7 +144,7 @@ def test_rope_is_stretched_beyond_1024_tokens(tiny):
     assert slowest == pytest.approx(22_082 ** (-14 / 16), rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------- properties
+# ------------------------------------------------------------------------------------ properties
 
 
 @pytest.mark.parametrize("num_passes", [1, 3])
@@ -238,7 +238,7 @@ def test_xsa_leaves_nothing_along_the_own_value():
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-3, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------- attention
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])

@@ -1,0 +1,263 @@
+"""The recurrence: its equations, growth without a jump, and that all of it learns."""
+
+import math
+
+import pytest
+import torch
+
+from train_gpt import (
+    GPT,
+    FlatParameters,
+    Optimizer,
+    Recurrence,
+    WeightAverage,
+    correction,
+    parameter_group,
+)
+
+
+def plain(function):
+    """In place of a compiled region."""
+    return function
+
+
+def linear_core(D: int, gain: float, seed: int = 0):
+    """z -> z + gain * Q z with a rotation Q: its update is `gain` times as long as z."""
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))[0]
+    return lambda z: z + gain * (z @ Q.to(z.dtype).T)
+
+
+def reference(module: Recurrence, h, core, num_passes: int):
+    """SPEC's equations for one sequence h (T, D) in float64: h_K, J, and the c_k."""
+    p = {name: t.detach().double() for name, t in module.named_parameters()}
+    J, corrections = 0.0, []
+    for k in range(num_passes):
+        c = torch.zeros_like(h)
+        a = 1.0
+        if k > 0:
+            if module.interpass_rmsnorm:
+                h = torch.stack([row / math.sqrt(float(row @ row) / len(row) + 1e-6) for row in h])
+            a = float(p["residual_scale"][k - 1])
+            if module.mode != "none":
+                c = torch.stack([p["U"] @ (p["V"].T @ row) for row in h])
+            if module.mode == "diagonal":
+                c = c * p["d"][min(k, len(p["d"])) - 1]
+        z = h + c
+        h_next = h + a * (core(z) - z)
+        ratio = float((h_next - h).norm()) / (float(h.norm()) + 1e-6)
+        J += max(0.0, ratio - 1) ** 2
+        corrections.append(c)
+        h = h_next
+    return h, J, corrections
+
+
+@pytest.mark.parametrize("interpass_rmsnorm", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "per_pass"),
+    [("none", False), ("identity", False), ("diagonal", False), ("diagonal", True)],
+)
+def test_the_equations(tiny, mode, per_pass, interpass_rmsnorm):
+    """Hidden states, proxy and ratios of a batch against a loop over its sequences."""
+    hp = tiny(feedback_mode=mode, per_pass_feedback=per_pass, interpass_rmsnorm=interpass_rmsnorm)
+    torch.manual_seed(0)
+    module = Recurrence(hp)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p))
+    names = {"none": set(), "identity": {"U", "V"}, "diagonal": {"U", "V", "d"}}[mode]
+    assert {name for name, _ in module.named_parameters()} == {"residual_scale"} | names
+    h, core = torch.randn(3, 5, 32), linear_core(32, 1.7)
+    h[1] *= 100  # the proxy is of each sequence: a large one does not hide the others
+    out, stability = module(h, core, 3, plain)
+    expected = [reference(module, row.double(), core, 3) for row in h]
+    for row in range(3):
+        difference = (out[row].double() - expected[row][0]).norm() / expected[row][0].norm()
+        assert difference < 1e-5
+        assert stability.jacobian_proxy[row].item() == pytest.approx(expected[row][1], rel=1e-4)
+    for k in range(3):
+        h_k = h if k == 0 else module(h, core, k, plain)[0]
+        if interpass_rmsnorm and k:
+            continue
+        c = torch.stack([e[2][k] for e in expected])
+        size = h_k.flatten(1).norm(dim=1)
+        ratio = (c.flatten(1).norm(dim=1) / size).mean().item()
+        assert stability.feedback[k].item() == pytest.approx(ratio, rel=1e-4)
+        h_next = module(h, core, k + 1, plain)[0]
+        growth = (h_next.flatten(1).norm(dim=1) / size).mean().item()
+        assert stability.growth[k].item() == pytest.approx(growth, rel=1e-4)
+        update = ((h_next - h_k).flatten(1).norm(dim=1) / size).mean().item()
+        assert stability.update[k].item() == pytest.approx(update, rel=1e-4)
+
+
+def test_the_correction_of_one_position(tiny):
+    h, U, V, d = (torch.randn(shape) for shape in ((1, 1, 6), (6, 2), (6, 2), (6,)))
+    expected = [
+        float(d[i]) * sum(U[i, r] * sum(V[j, r] * h[0, 0, j] for j in range(6)) for r in range(2))
+        for i in range(6)
+    ]
+    torch.testing.assert_close(correction(h, U, V, d)[0, 0], torch.stack(expected))
+    torch.testing.assert_close(correction(h, U, V, None), correction(h, U, V, torch.ones(6)))
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.2, 0.0), (0.99, 0.0), (1.5, 0.25), (3.0, 4.0)])
+def test_the_proxy_of_contractive_and_expanding_cores(tiny, gain, expected):
+    """The first pass is unscaled: its update is `gain` times h; later ones are half of that."""
+    module = Recurrence(tiny())
+    h = torch.randn(2, 5, 32)
+    later = 2 * max(0.0, gain / 2 - 1) ** 2  # U is 0 at the start: no correction yet
+    proxy = module(h, linear_core(32, gain), 3, plain)[1].jacobian_proxy
+    torch.testing.assert_close(proxy, torch.full((2,), expected + later), rtol=1e-4, atol=1e-6)
+    assert (proxy == 0).all() or gain > 1
+
+
+def test_the_proxy_has_a_finite_gradient_where_nothing_moves(tiny):
+    """A core that is the identity, and a state of zeros."""
+    module = Recurrence(tiny())
+    for h in (torch.randn(1, 4, 32, requires_grad=True), torch.zeros(1, 4, 32, requires_grad=True)):
+        module(h, lambda z: z * 1.0, 3, plain)[1].jacobian_proxy.sum().backward()
+        assert torch.isfinite(h.grad).all()
+
+
+# ----------------------------------------------------------------------------------------- growth
+
+
+def test_growth_leaves_the_first_pass_unchanged(tiny, random_model):
+    """What the first passes see and give is bit-identical for 1, 2 and 3 passes; c_0 is 0."""
+    model = random_model(tiny())
+    ids = torch.randint(model.hp.vocab_size, (2, 33), dtype=torch.int32)
+    seen = {}
+    inner = model.recurrence.forward
+    for num_passes in (1, 2, 3):
+        calls = seen[num_passes] = []
+
+        def record(h, core, num_passes, region, calls=calls):
+            def spied(z):
+                calls.append((z, core(z)))
+                return calls[-1][1]
+
+            calls.append(h)
+            return inner(h, spied, num_passes, region)
+
+        model.recurrence.forward = record
+        with torch.no_grad():
+            _, stability = model(ids[:, :-1], ids[:, 1:], num_passes)
+        assert stability.feedback[0] == 0
+        assert (stability.feedback[1:] > 0).all(), "the correction is active after pass 0"
+    h_0, (z_0, out_0) = seen[1]
+    assert torch.equal(h_0, z_0), "pass 0 has no correction"
+    for longer, shorter in ((2, 1), (3, 2)):
+        assert len(seen[longer]) == longer + 1
+        for (a, b), (x, y) in zip(seen[longer][1:], seen[shorter][1:], strict=False):
+            assert torch.equal(a, x)
+            assert torch.equal(b, y)
+
+
+def test_one_pass_is_the_core_unscaled(tiny):
+    """Whatever scale, U, V and d are."""
+    module = Recurrence(tiny())
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(math.nan)
+    h, core = torch.randn(2, 5, 32), linear_core(32, 0.7)
+    assert torch.equal(module(h, core, 1, plain)[0], core(h))
+
+
+def test_passes_beyond_those_of_training_use_the_last_scale(tiny):
+    module = Recurrence(tiny(per_pass_feedback=True))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p))
+    h, core = torch.randn(2, 5, 32), linear_core(32, 0.1)
+    fifth = module(h, core, 5, plain)[0]
+    state = module(h, core, 4, plain)[0]
+    scale, d = module.residual_scale[-1], module.d[-1]
+    z = state + correction(state, module.U, module.V, d)
+    torch.testing.assert_close(fifth, state + scale * (core(z) - z))
+
+
+def test_a_model_that_never_repeats_has_nothing_to_repeat_with(tiny):
+    module = Recurrence(tiny(num_passes=1))
+    assert sum(p.numel() for p in module.parameters()) == 0
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+class Run:
+    """Optimizer steps of a fresh model at a fixed number of passes, as the trainer takes them."""
+
+    def __init__(self, hp, runtime):
+        torch.manual_seed(hp.seed)
+        self.hp, self.model = hp, GPT(hp)
+        self.flat = FlatParameters(self.model)
+        self.optimizer = Optimizer(self.flat, hp, runtime)
+        self.average = WeightAverage(hp, self.flat.data)
+        self.named = dict(self.model.named_parameters())
+
+    def step(self, number: int, num_passes: int):
+        generator = torch.Generator().manual_seed(number)
+        shape = (8, self.hp.train_seq_len + 1)
+        rows = torch.randint(self.hp.vocab_size, shape, generator=generator, dtype=torch.int32)
+        losses, stability = self.model(rows[:, :-1], rows[:, 1:], num_passes)
+        weight = self.hp.jacobian_proxy_weight
+        (losses.mean() + weight * stability.jacobian_proxy.mean()).backward()
+        grads = {name: p.grad.clone() for name, p in self.named.items()}
+        self.optimizer.step(self.optimizer.reduce(), 1.0, 0.95)
+        self.average.update(number / 100, swa=False)
+        self.flat.grad.zero_()
+        return grads, stability
+
+
+def parts(name: str, t: torch.Tensor):
+    """The pieces of a parameter that could be dead on their own: rows of stacks by layer or pass."""
+    stacked = parameter_group(name) == "muon" or name in (
+        "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight", "ve_layer_scale",
+        "recurrence.residual_scale", "recurrence.d",
+    )  # fmt: skip
+    return enumerate(t) if stacked else [(0, t)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"per_pass_feedback": True}, {"feedback_mode": "identity"}, {"interpass_rmsnorm": True}],
+    ids=["default", "per pass", "identity", "interpass norm"],
+)
+def test_everything_learns(tiny, runtime, changes):
+    """Each layer's part of each parameter gets a gradient within three steps of the start."""
+    run = Run(tiny(**changes), runtime)
+    dead = {(name, i) for name, p in run.named.items() for i, _ in parts(name, p)}
+    for number in range(3):
+        grads, stability = run.step(number, num_passes=3)
+        for name, grad in grads.items():
+            dead -= {(name, i) for i, part in parts(name, grad) if part.abs().max() > 1e-12}
+    assert dead == set()
+    assert stability.feedback[0] == 0
+    for number in range(3, 10):
+        _, stability = run.step(number, num_passes=3)
+    assert (stability.feedback[1:] > 1e-4).all(), "the feedback answers after ten steps"
+
+
+def test_what_is_idle_stays_as_it_is(tiny, runtime):
+    """Scales and d of passes that have not begun: bit-identical after steps with fewer passes."""
+    run = Run(tiny(per_pass_feedback=True), runtime)
+    module = run.model.recurrence
+    start = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for number in range(4):
+        run.step(number, num_passes=1)
+    for name, p in module.named_parameters():
+        assert torch.equal(p, start[name]), name
+    for number in range(4, 8):
+        run.step(number, num_passes=2)
+    assert (module.residual_scale[0] != start["residual_scale"][0]).item()
+    assert torch.equal(module.residual_scale[1], start["residual_scale"][1])
+    assert torch.equal(module.d[1], start["d"][1])
+    averaged = run.flat.named(run.average.result())
+    assert averaged["recurrence.residual_scale"][1].item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_exactly_one_factor_starts_at_zero(tiny):
+    module = Recurrence(tiny())
+    assert module.U.count_nonzero() == 0
+    assert module.V.count_nonzero() == module.V.numel()
+    assert module.d.count_nonzero() == module.d.numel()
