@@ -144,8 +144,8 @@ def test_growth_leaves_the_first_pass_unchanged(tiny, random_model):
             _, stability = model(ids[:, :-1], ids[:, 1:], num_passes)
         assert stability.feedback[0] == 0
         assert (stability.feedback[1:] > 0).all(), "the correction is active after pass 0"
-    h_0, (z_0, out_0) = seen[1]
-    assert torch.equal(h_0, z_0), "pass 0 has no correction"
+    h_0, first_call = seen[1]
+    assert torch.equal(h_0, first_call[0]), "pass 0 has no correction"
     for longer, shorter in ((2, 1), (3, 2)):
         assert len(seen[longer]) == longer + 1
         for (a, b), (x, y) in zip(seen[longer][1:], seen[shorter][1:], strict=False):
@@ -210,7 +210,7 @@ class Run:
 
 
 def parts(name: str, t: torch.Tensor):
-    """The pieces of a parameter that could be dead on their own: rows of stacks by layer or pass."""
+    """What could be dead on its own: of a stack the row of each layer or pass."""
     stacked = parameter_group(name) == "muon" or name in (
         "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight", "ve_layer_scale",
         "recurrence.residual_scale", "recurrence.d",
