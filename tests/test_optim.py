@@ -1,0 +1,311 @@
+"""Optimization: Newton-Schulz, Muon over ranks, AdamW's groups, the plan of a step, averages."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from train_gpt import (
+    BANKS,
+    GPT,
+    NEWTON_SCHULZ,
+    FlatParameters,
+    Optimizer,
+    Runtime,
+    WeightAverage,
+    newton_schulz,
+    parameter_group,
+    plan_step,
+    run_graphs,
+)
+
+# ----------------------------------------------------------------------------------- Newton-Schulz
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (2, 24, 24), (1, 1, 7)])
+def test_newton_schulz_keeps_directions_and_levels_singular_values(shape, dtype):
+    """Singular values from 1 down to 0.02 of the norm end in [0.65, 1.25]; U and V are kept."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(g, full_matrices=False)
+    S = torch.linspace(1, 0.02, S.size(1), dtype=torch.float64).expand_as(S)
+    g = 1e-3 * (U * S.unsqueeze(1)) @ Vh
+    out = newton_schulz(g.float(), 5, dtype).double()
+    levels = torch.linalg.svdvals(out)
+    assert levels.min() > 0.65
+    assert levels.max() < 1.25
+    core = U.mT @ out @ Vh.mT  # diagonal if the directions are kept
+    off = core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_newton_schulz_applies_the_polynomial_to_each_singular_value():
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(4, 12, 20, generator=generator, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(g, full_matrices=False)
+    x = S / S.norm(dim=1, keepdim=True)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(3):
+        x = a * x + b * x**3 + c * x**5
+    expected = (U * x.unsqueeze(1)) @ Vh
+    torch.testing.assert_close(newton_schulz(g, 3, torch.float64), expected, rtol=1e-6, atol=1e-6)
+    tall = newton_schulz(g.mT, 3, torch.float64)
+    torch.testing.assert_close(tall, expected.mT, rtol=1e-6, atol=1e-6)
+
+
+def test_newton_schulz_of_zero_is_zero():
+    assert newton_schulz(torch.zeros(2, 4, 6), 5, torch.float32).count_nonzero() == 0
+
+
+# ------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_flat_buffer_holds_every_parameter_once(tiny, world_size):
+    """Views do not overlap, values survive, and every bank splits into equal shards of rows."""
+    torch.manual_seed(0)
+    model = GPT(tiny())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flat = FlatParameters(model, world_size)
+    owners = torch.zeros_like(flat.data)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.data_ptr() == flat.data[flat.places[name]].data_ptr() or p.numel() == 0
+        assert p.grad.data_ptr() == flat.grad[flat.places[name]].data_ptr() or p.numel() == 0
+        owners[flat.places[name]] += 1
+    assert owners.max() == 1
+    assert owners.sum() == sum(p.numel() for p in model.parameters())
+    for bank in BANKS:
+        ranks = [Runtime(r, world_size, flat.data.device, torch.float32) for r in range(world_size)]
+        shards = [flat.shard(flat.data, bank, rank) for rank in ranks]
+        assert len({s.shape for s in shards}) == 1
+        assert torch.equal(torch.cat(shards)[: len(before[bank])], before[bank])
+    for name, t in flat.named(flat.data).items():
+        assert torch.equal(t, before[name])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_passes": 1, "bigram_vocab_size": 0, "ve_layers": "none"}]
+)
+def test_adamw_moves_every_other_parameter_and_decays_no_scalar(tiny, runtime, changes):
+    """With a gradient of 1 everywhere a first AdamW step is exactly lr, plus lr * wd * w."""
+    hp = tiny(grad_clip_norm=1e30, adam_wd=0.5, tied_embed_lr=0.02, scalar_lr=0.01, **changes)
+    model = GPT(hp)
+    flat = FlatParameters(model)
+    with torch.no_grad():
+        flat.data.fill_(2.0)
+        flat.grad.fill_(1.0)
+    optimizer = Optimizer(flat, hp, runtime)
+    optimizer.step(optimizer.reduce(), lr_scale=0.5, momentum=0.9)
+    for name, p in model.named_parameters():
+        group = parameter_group(name)
+        if group == "muon":
+            continue
+        lr = 0.5 * (0.02 if group == "table" else 0.01)
+        decay = 0.0 if group == "scalar" else 0.5
+        expected = torch.full_like(p, 2.0 * (1 - lr * decay) - lr)
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def muon_reference(w, grads, lr: float, momentum: float, decay: float):
+    """Muon's steps on one matrix in float64, one after the other."""
+    w, buffer = w.double(), torch.zeros_like(w, dtype=torch.float64)
+    a, b, c = NEWTON_SCHULZ
+    for g in grads:
+        buffer = momentum * buffer + g.double()
+        update = g.double() + momentum * buffer  # Nesterov
+        U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+        x = S / S.norm()
+        for _ in range(5):
+            x = a * x + b * x**3 + c * x**5
+        shape_scale = max(1.0, w.size(0) / w.size(1)) ** 0.5
+        w = w * (1 - lr * decay) - lr * shape_scale * (U * x) @ Vh
+    return w
+
+
+def random_gradients(flat: FlatParameters, seed: int) -> torch.Tensor:
+    """The same for every layout: drawn parameter by parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.zeros_like(flat.grad)
+    for name in sorted(flat.shapes):
+        view = grad[flat.places[name]]
+        view.copy_(torch.randn(view.shape, generator=generator))
+    return grad
+
+
+def test_muon_is_the_textbook_one(tiny, runtime):
+    hp = tiny(grad_clip_norm=1e30, matrix_lr=0.1, muon_wd=0.3)
+    torch.manual_seed(0)
+    model = GPT(hp)
+    flat = FlatParameters(model)
+    optimizer, start = Optimizer(flat, hp, runtime), flat.data.clone()
+    grads = [random_gradients(flat, seed) for seed in (1, 2)]
+    for grad in grads:
+        flat.grad.copy_(grad)
+        optimizer.step(optimizer.reduce(), lr_scale=0.5, momentum=0.9)
+    for bank in BANKS:
+        for row in (0, -1):
+            own = [flat.named(g)[bank][row] for g in grads]
+            expected = muon_reference(flat.named(start)[bank][row], own, 0.05, 0.9, 0.3)
+            result = flat.named(flat.data)[bank][row].double()
+            torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(tiny, runtime):
+    """`reduce` returns the norm; AdamW and Muon see gradients of norm grad_clip_norm at most."""
+    hp = tiny(grad_clip_norm=0.3)
+    flat = FlatParameters(GPT(hp))
+    for size, expected in ((1.0, 0.3), (1e-4, None)):
+        optimizer = Optimizer(flat, hp, runtime)
+        grad = size * random_gradients(flat, 0)
+        flat.grad.copy_(grad)
+        norm = optimizer.reduce()
+        assert norm.item() == pytest.approx(grad.double().norm().item(), rel=1e-5)
+        optimizer.step(norm, 0.0, 0.0)
+        muon = torch.cat([optimizer.momentum[bank].flatten() for bank in BANKS]).norm()
+        clipped = torch.stack([muon, optimizer.rest.norm()]).norm().item()
+        assert clipped == pytest.approx(expected or grad.norm().item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ ranks
+
+
+def steps_on_a_rank(runtime: Runtime, hp) -> tuple[list, np.ndarray, np.ndarray]:
+    """Three steps whose gradients are cut into unequal parts, one a rank."""
+    torch.manual_seed(0)
+    model = GPT(hp)
+    flat = FlatParameters(model, runtime.world_size)
+    optimizer, norms = Optimizer(flat, hp, runtime), []
+    parts = torch.arange(1.0, runtime.world_size + 1)
+    for number in range(3):
+        whole = random_gradients(flat, number)
+        flat.grad.copy_(whole * parts[runtime.rank] / parts.sum())
+        norm = optimizer.reduce()
+        norms.append(norm.item())
+        optimizer.step(norm, 1.0, 0.9)
+        flat.grad.zero_()
+    padding = torch.ones_like(flat.data)
+    for place in flat.places.values():
+        padding[place] = 0
+    named = flat.named(flat.data)
+    weights = torch.cat([named[name].flatten() for name in sorted(named)])
+    return norms, weights.numpy().copy(), (flat.data * padding).numpy().copy()
+
+
+def test_sharded_muon_is_the_unsharded_one(tiny, on_ranks, runtime):
+    """On 2 and 3 ranks, which do not divide the banks' 11 and 22 rows alike."""
+    hp = tiny()
+    norms, alone, _ = steps_on_a_rank(runtime, hp)
+    for world_size in (2, 3):
+        results = on_ranks(world_size, steps_on_a_rank, hp)
+        for other_norms, weights, padding in results:
+            assert other_norms == pytest.approx(norms, rel=1e-5)
+            assert np.array_equal(weights, results[0][1]), "ranks hold the same weights"
+            np.testing.assert_allclose(weights, alone, rtol=0, atol=2e-5)
+            assert not padding.any()
+
+
+# ---------------------------------------------------------------------------------- plan of a step
+
+
+def plans(hp, steps: int = 2000):
+    return [plan_step(hp, s, s / steps) for s in range(steps)]
+
+
+def test_the_plan_of_the_default_run(tiny):
+    """Growth at 62.6% and 81.3%, lr falling over the last 55%, QAT below 0.15, SWA below 0.2."""
+    plan = plans(tiny())
+    assert [p.num_passes for p in plan] == [1] * 1252 + [2] * 374 + [3] * 374
+    assert all(p.lr_scale == 1 for p in plan[:900])
+    falls = np.array([p.lr_scale for p in plan[900:]])
+    np.testing.assert_allclose(falls, np.linspace(1, 0, 1101)[:-1], atol=1e-9)
+    assert [p.qat for p in plan] == [False] * 1836 + [True] * 164
+    assert [p.swa for p in plan] == [p.lr_scale < 0.2 for p in plan]
+    assert plan[0].momentum == pytest.approx(0.92)
+    assert plan[237].momentum == pytest.approx((0.92 + 0.99) / 2)
+    assert all(p.momentum == pytest.approx(0.99) for p in plan[474:])
+
+
+def test_the_plan_follows_its_settings(tiny):
+    by_steps = tiny(passes_schedule="0:1,30:2,50:3")
+    assert [plan_step(by_steps, s, 0.9).num_passes for s in (0, 29, 30, 49, 50)] == [1, 1, 2, 2, 3]
+    by_progress = tiny(passes_schedule="0.0:2,0.5:1")
+    grown = [plan_step(by_progress, 10**6, p).num_passes for p in (0.0, 0.49, 0.5, 1.0)]
+    assert grown == [2, 2, 1, 1]
+    assert not any(p.qat for p in plans(tiny(late_qat_threshold=0.0)))
+    constant = plans(tiny(warmdown_frac=0.0, muon_momentum_warmup_frac=0.0))
+    assert all(p.lr_scale == 1 for p in constant)
+    assert all(p.momentum == pytest.approx(0.99) for p in constant[1:])
+    linear = plans(tiny(warmdown_frac=1.0))
+    assert linear[500].lr_scale == pytest.approx(0.75)
+    assert plan_step(tiny(num_passes=2), 0, 0.0).num_passes == 2
+
+
+@pytest.mark.parametrize(
+    "schedule", ["0.0:1,0.626:2,0.813:3", "0:1,30:2,50:3", "0.0:3,0.97:1", "0.0:1,0.9995:2"]
+)
+def test_the_warm_up_knows_every_graph_of_a_run(tiny, schedule):
+    """No step of a run of any length needs a (passes, QAT) that the warm-up did not run."""
+    hp = tiny(passes_schedule=schedule)
+    known = set(run_graphs(hp))
+    needed = {plan_step(hp, s, s / n)[:2] for n in (7, 60, 1000, 6330) for s in range(n)}
+    assert needed <= known
+    assert len(known) == len(run_graphs(hp)) <= 2 * len(hp.growth)
+
+
+# ---------------------------------------------------------------------------------------- averages
+
+
+def averaged(hp, steps: int, weights) -> WeightAverage:
+    """An average that has followed weights(step) for a run of uniform steps."""
+    buffer = torch.zeros(1)
+    average = WeightAverage(hp, buffer)
+    for step in range(steps):
+        buffer.fill_(weights(step))
+        average.update(step / steps, plan_step(hp, step, step / steps).swa)
+    return average
+
+
+def test_ema_of_6330_steps_decays_by_0_997(tiny):
+    """After a jump from 0 to 1 that was n steps ago, 1 - 0.997^n of it has arrived."""
+    hp = tiny(weight_average="ema")
+    for n in (10, 333, 1000):
+        result = averaged(hp, 6330, lambda step, n=n: float(step >= 6330 - n)).result()
+        assert result.item() == pytest.approx(1 - 0.997**n, abs=2e-3)
+
+
+def test_ema_depends_on_the_time_and_not_on_the_number_of_steps(tiny):
+    hp = tiny(weight_average="ema", ema_frac=0.2)
+    results = [
+        averaged(hp, steps, lambda s, n=steps: s / n).result().item() for steps in (2000, 4000)
+    ]
+    assert results[0] == pytest.approx(results[1], abs=2e-3)
+    lag = 0.2 * (1 - math.exp(-1 / 0.2))
+    assert results[1] == pytest.approx(1 - lag, abs=3e-3)
+
+
+def test_swa_is_the_mean_of_samples_50_steps_apart(tiny):
+    """Only those of the last part of the run, where the lr scale is below 0.2."""
+    hp = tiny(weight_average="swa")
+    average = averaged(hp, 6330, float)
+    begin = next(s for s in range(6330) if plan_step(hp, s, s / 6330).swa)
+    samples = range(begin, 6330, 51)
+    gap = math.ceil(0.0079 * 6330 - 1e-9)
+    assert gap == 51
+    assert average.samples == len(samples)
+    assert average.result().item() == pytest.approx(np.mean(samples), rel=1e-5)
+
+
+def test_every_kind_of_average_reaches_the_exported_weights(tiny):
+    results = {
+        kind: averaged(tiny(weight_average=kind), 633, float).result().item()
+        for kind in ("none", "ema", "swa", "ema_swa")
+    }
+    assert results["none"] == 632
+    assert len(set(results.values())) == 4
+    assert results["ema_swa"] < min(results["ema"], results["swa"]) < 632
+    short = replace(tiny(weight_average="swa"), swa_lr_scale=0.0)
+    assert averaged(short, 10, float).result().item() == 9, "without a sample: the weights"
