@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from train_gpt import UserError
 
 READ_BYTES = 1 << 20
+ZSTD_READ_BYTES = 4096  # compressed; up to 32,000 times as many come out of them
 STDIN = Path("-")
 FORMATS = {".txt": "plain", ".md": "plain", ".jsonl": "jsonl"}
 COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -33,6 +34,32 @@ def text_format(path: Path) -> str:
     return FORMATS[name.suffix]
 
 
+class ZstdFile:
+    """Reads zstandard frames; the package's own reader takes a file that was cut off for whole."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self.raw, self.zstandard = raw, zstandard
+        self.frame, self.unused = None, b""
+
+    def read(self, about_bytes: int) -> bytes:
+        """The next bytes, about so many; none at the end. Raises EOFError if the data is broken."""
+        parts, size = [], 0
+        while size < about_bytes and (data := self.unused or self.raw.read(ZSTD_READ_BYTES)):
+            if self.frame is None:
+                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+            try:
+                parts.append(self.frame.decompress(data))
+            except self.zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            size += len(parts[-1])
+            self.unused = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        if size == 0 and self.frame is not None:
+            raise EOFError("it ends within a frame")
+        return b"".join(parts)
+
+
 def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     """The content of the open file `raw`, decompressed as the name says."""
     if path.suffix == ".gz":
@@ -46,7 +73,7 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
             raise UserError(
                 f"{path}: reading .zst needs a package more: pip install zstandard"
             ) from None
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return ZstdFile(raw, zstandard)
     return raw
 
 

@@ -105,7 +105,7 @@ class Preparation:
         """The normalized documents of `source`, on disk. Empty ones are left out."""
         corpus = Corpus(self.folder, self.args.seed)
         texts = batches(source, self.memory.batch_bytes)
-        with Progress(what, source.total_bytes) as progress:
+        with Progress(f"read {what}", source.total_bytes) as progress:
             for normalized, changes in self.workers.map(
                 partial(normalize_batch, self.normalization), texts
             ):
@@ -116,7 +116,7 @@ class Preparation:
                 self.empty_documents += sum(not text for text in normalized)
                 progress.update(source.done_bytes)
         if corpus.count == 0:
-            raise UserError(f"{what}: the input holds no text: give files that do")
+            raise UserError(f"the {what} holds no text: give files that do")
         return corpus
 
     def train_tokenizer(self, corpus: Corpus, is_val: Callable[[int], bool]) -> None:
@@ -180,8 +180,8 @@ class Preparation:
 
     def run(self, inputs: Any, held_out: TextFiles) -> dict[str, Any]:
         """Makes the tokenizer and all shards; returns what the manifest says of them."""
-        corpus = self.spill("read", inputs)
-        val_corpus = self.spill("read validation", held_out) if held_out.paths else corpus
+        corpus = self.spill("input", inputs)
+        val_corpus = self.spill("validation input", held_out) if held_out.paths else corpus
         if held_out.paths:
             is_val = {key for key, _ in val_corpus.documents()}.__contains__
         else:

@@ -67,7 +67,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shard-tokens", type=int, default=100_000_000, help="tokens of a shard")
     add("--seed", type=int, default=1337, help="chooses the documents to hold out")
     add("--workers", type=int, default=usable_cores(), help="processes")
-    add("--memory-mb", type=int, default=2048, help="memory to use at most, all processes, MB")
+    add(
+        "--memory-mb",
+        type=int,
+        default=2048,
+        help="memory for the documents in work, all processes, MB; the program takes 300 more",
+    )
     args = parser.parse_args(argv)
     check_arguments(args)
     return args

@@ -63,7 +63,7 @@ class Progress:
         if not self.total_bytes:
             return f"{self.what}: {speed}"
         fraction = min(1.0, self.done_bytes / self.total_bytes)
-        left = (self.total_bytes - self.done_bytes) / rate if rate else float("inf")
+        left = max(0, self.total_bytes - self.done_bytes) / rate if rate else float("inf")
         clock = f"{left // 60:.0f}:{left % 60:02.0f} left" if left < 360_000 else "stalled"
         filled = round(BAR_WIDTH * fraction)
         bar = f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] " if self.terminal else ""
