@@ -137,9 +137,11 @@ def check(folder: Path) -> list[str]:
         return errors
     try:
         runs = read_logs(folder)
-        return [*script_errors(folder, runs), *content_errors(folder, runs)]
+        errors += script_errors(folder, runs)
+        errors += content_errors(folder, runs)
     except (RecordError, LogError) as error:
-        return str(error).splitlines()
+        errors += str(error).splitlines()
+    return errors
 
 
 def rerun(folder: Path, env: Mapping[str, str]) -> tuple[list[str], str]:

@@ -43,21 +43,28 @@ exec(compile(_,"<train_gpt>","exec"))
 """
 
 
-class DropDocstrings(ast.NodeTransformer):
-    """Removes the docstrings of functions and classes; the module keeps its own."""
+class DropStrings(ast.NodeTransformer):
+    """Removes docstrings and other strings that are statements; the module keeps its own."""
 
-    def drop(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> ast.AST:
-        self.generic_visit(node)
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        kept = node.body[:1] if ast.get_docstring(node) is not None else []
+        node.body = kept + [new for s in node.body[len(kept) :] if (new := self.visit(s))]
         return node
 
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = drop
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if getattr(node, "body", None) == []:
+            node.body = [ast.Pass()]
+        return node
 
 
 def minify(source: str) -> str:
     """The same program in fewer bytes. Raises SyntaxError if `source` is not Python."""
-    tree = ast.fix_missing_locations(DropDocstrings().visit(ast.parse(source)))
+    tree = ast.fix_missing_locations(DropStrings().visit(ast.parse(source)))
     code = python_minifier.minify(
         ast.unparse(tree),
         remove_annotations=ANNOTATIONS,
@@ -102,29 +109,36 @@ def outcome(run: Run) -> dict[str, object]:
     return scores | losses | {"parameters": run.last("model").pairs.get("parameters")}
 
 
+def compare_runs(expected: Run, run: Run, shipped: Path) -> int:
+    """How many values agree between a run of the source and one of the file at `shipped`.
+
+    Raises RunError at the first that does not, or if the log counts other bytes than the file has.
+    """
+    missing = expected.missing or run.missing
+    if missing:
+        raise RunError(f"the log is missing {'; '.join(missing)}")
+    ours, theirs = outcome(run), outcome(expected)
+    for key in theirs:
+        if ours.get(key) != theirs[key]:
+            raise RunError(f"{key} is {ours.get(key)} in {shipped}, {theirs[key]} in the source")
+    data, code = shipped.read_bytes(), run.last("code")
+    logged = (code.integer("bytes"), code.pairs.get("sha256"), run.bytes["code_bytes"])
+    if logged != (len(data), hashlib.sha256(data).hexdigest(), len(data)):
+        raise RunError(f"the log of {shipped} says {logged}, the file has {len(data)} bytes")
+    return len(theirs)
+
+
 def verify(source: Path, shipped: Path, env: Mapping[str, str]) -> str:
     """Runs both files. Returns what was found equal; raises RunError at the first difference."""
     if help_text(source) != help_text(shipped):
         raise RunError(f"{shipped}: --help differs from that of {source}")
     with tempfile.TemporaryDirectory() as folder:
-        expected = run_trainer(source, env, Path(folder, "readable"))
+        expected = run_trainer(source, env, Path(folder, "source"))
         run = run_trainer(shipped, env, Path(folder, "shipped"))
-    if expected.missing or run.missing:
-        raise RunError(
-            f"the tiny run's log is missing {'; '.join(expected.missing or run.missing)}"
-        )
-    ours, theirs = outcome(run), outcome(expected)
-    for key in theirs:
-        if ours.get(key) != theirs[key]:
-            raise RunError(f"{key} is {ours.get(key)} in {shipped}, {theirs[key]} in {source}")
-    data, code = shipped.read_bytes(), run.last("code")
-    logged = (code.integer("bytes"), code.pairs.get("sha256"), run.bytes["code_bytes"])
-    if logged != (len(data), hashlib.sha256(data).hexdigest(), len(data)):
-        raise RunError(f"the log of {shipped} says {logged}, the file has {len(data)} bytes")
-    score = run.scores[str(run.final)]
+    count = compare_runs(expected, run, shipped)
     return (
-        f"verified: the same --help; {len(theirs)} values of a tiny run equal to the last digit "
-        f"(final val_bpb {score.val_bpb:.8f}); the log gives this file's bytes and sha256"
+        f"verified: the same --help; {count} values of a tiny run equal to the last digit (final "
+        f"val_bpb {run.scores[str(run.final)].val_bpb:.8f}); the log has this file's bytes and hash"
     )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 100,
     "savefig.dpi": 100,
-    "svg.hashsalt": "",
 }
 
 
@@ -63,7 +63,7 @@ def validations(run: Run) -> list[tuple[int, float]]:
 def seconds_at(run: Run, step: int) -> float | None:
     """The clock when `step` ended, as far as lines around it tell."""
     lines = run.steps_logged
-    for before, after in zip(lines, lines[1:], strict=False):
+    for before, after in pairwise(lines):
         if before.step <= step <= after.step and after.step > before.step:
             share = (step - before.step) / (after.step - before.step)
             return before.seconds + share * (after.seconds - before.seconds)
@@ -81,28 +81,45 @@ def marks(run: Run) -> Iterator[tuple[int, str]]:
 
 
 def draw_marks(axis: Any, run: Run, *, by_seconds: bool = False) -> None:
-    """Vertical lines with their labels along the top, in rows where they would overlap."""
-    rows: list[float] = []  # the right end of the last label in each row, as a fraction
+    """Vertical lines; those close together share the label at the first of them."""
     low, high = axis.get_xlim()
+    groups: list[tuple[float, list[str]]] = []
+    last = low
     for step, label in sorted(marks(run)):
         place = seconds_at(run, step) if by_seconds else step
         if place is None:
             continue
         axis.axvline(place, color="#555555", linewidth=1.2, linestyle=(0, (2, 2)))
-        at = (place - low) / (high - low)
-        row = next((i for i, end in enumerate(rows) if at >= end), len(rows))
-        rows[row : row + 1] = [at + 0.022 * len(label)]
+        if groups and place - last < 0.05 * (high - low):
+            groups[-1][1].append(label)
+        else:
+            groups.append((place, [label]))
+        last = place
+    for place, labels in groups:
         axis.annotate(
-            label,
-            (place, 0.99 - 0.07 * row),
+            ", ".join(labels),
+            (place, 0.98),
             xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
+            xytext=(-4, 0),
             textcoords="offset points",
+            rotation=90,
             fontsize=12,
             color="#333333",
+            ha="right",
             va="top",
-            annotation_clip=False,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
         )
+
+
+def add_legend(figure: Any, **handles: Any) -> None:
+    """One legend above all panels: its entries by name, `_` for a space."""
+    labels = [name.replace("_", " ") for name in handles]
+    columns = min(len(labels), 6)
+    figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=columns)
+
+
+def seed_lines(plt: Any, runs: Sequence[Run]) -> dict[str, Any]:
+    return {f"seed_{run.label}": plt.Line2D([], [], color=colour(i)) for i, run in enumerate(runs)}
 
 
 def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
@@ -111,13 +128,13 @@ def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
     if not rows:
         return None
     figure, axes = plt.subplots(
-        len(rows), 2, figsize=(14, 5 * len(rows)), sharey="row", squeeze=False
+        len(rows), 2, figsize=(14, 5 * len(rows)), sharey="row", squeeze=False, layout="constrained"
     )
     for (key, label), pair in zip(rows, axes, strict=True):
         for i, run in enumerate(runs):
             steps, seconds, values = series(run, key)
             for axis, x in zip(pair, (steps, seconds), strict=True):
-                axis.plot(x, values, color=colour(i), label=f"seed {run.label}", alpha=0.85)
+                axis.plot(x, values, color=colour(i), alpha=0.85)
             if key == "train_bpb":
                 draw_validations(pair, run, i)
         zoom(pair[0], [v for run in runs for v in series(run, key)[2]])
@@ -125,10 +142,10 @@ def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
         for axis, by_seconds, name in zip(pair, (False, True), ("step", "seconds"), strict=True):
             axis.set_xlabel(name)
             draw_marks(axis, runs[0], by_seconds=by_seconds)
-    axes[0][1].legend(loc="upper right", bbox_to_anchor=(1.0, 0.85))
+    entries = seed_lines(plt, runs)
     if len(rows) > 1:
-        axes[1][0].plot([], [], "o", color="#555555", label="validation")
-        axes[1][0].legend(loc="upper right", bbox_to_anchor=(1.0, 0.85))
+        entries["validation"] = plt.Line2D([], [], color="#555555", marker="o", linestyle="")
+    add_legend(figure, **entries)
     return figure
 
 
@@ -143,8 +160,9 @@ def zoom(axis: Any, values: Sequence[float]) -> None:
     """Cuts off the steep first tenth of a falling curve, so that the rest can be read."""
     ordered = sorted(values)
     if len(ordered) >= 10:
-        high = ordered[int(0.9 * (len(ordered) - 1))]
-        low = ordered[0]
+        low, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
+        if low == high:
+            return
         axis.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
 
 
@@ -152,12 +170,12 @@ def draw_step_time(plt: Any, runs: Sequence[Run]) -> Any:
     passes = sorted({p for run in runs for p in run.step_ms_by_passes()})
     if not passes:
         return None
-    figure, (over_run, bars) = plt.subplots(1, 2, figsize=(14, 5))
+    figure, (over_run, bars) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
     for i, run in enumerate(runs):
         points = [
             (b.step, 1000 * (b.seconds - a.seconds) / (b.step - a.step)) for a, b in run.intervals()
         ]
-        over_run.step(*zip(*points, strict=True), where="pre", color=colour(i), label=run.label)
+        over_run.step(*zip(*points, strict=True), where="pre", color=colour(i))
         times = run.step_ms_by_passes()
         width = 0.8 / len(runs)
         for k, p in enumerate(passes):
@@ -168,68 +186,74 @@ def draw_step_time(plt: Any, runs: Sequence[Run]) -> Any:
                     f"{times[p]:.4g}", (x, times[p]), ha="center", va="bottom", fontsize=12
                 )
     over_run.set(xlabel="step", ylabel="ms per step")
-    over_run.set_ylim(0, 1.25 * over_run.get_ylim()[1])
+    over_run.set_ylim(0, 1.4 * over_run.get_ylim()[1])  # room for the labels of the marks
     draw_marks(over_run, runs[0])
-    over_run.legend(title="seed", loc="lower right")
     bars.set_xticks(range(len(passes)), [f"{p} pass{'es'[: 2 * (p > 1)]}" for p in passes])
     bars.set(ylabel="ms per step, mean")
     bars.grid(axis="x", visible=False)
+    bars.margins(y=0.1)
+    add_legend(figure, **seed_lines(plt, runs))
     return figure
 
 
 def draw_recurrence(plt: Any, runs: Sequence[Run]) -> Any:
-    panels = (
-        ("growth", "growth ratio", 0),
-        ("residual_scale", "residual scale", 1),
-        ("feedback_norm", "feedback norm", 0),
-    )
-    panels = tuple(p for p in panels if any(s.event.numbers(p[0]) for s in runs[0].steps_logged))
-    if not panels:
+    # Title, and the pass of the first number in a line; pass 1 has no scale and no feedback.
+    panels = {
+        "growth": ("growth ratio of the hidden state", 1),
+        "residual_scale": ("residual scale", 2),
+        "feedback_norm": ("feedback norm", 1),
+    }
+    keys = [k for k in panels if any(s.event.numbers(k) for r in runs for s in r.steps_logged)]
+    if not keys:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.5), squeeze=False)
-    for axis, (key, title, first) in zip(axes[0], panels, strict=True):
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(5.6 * len(keys), 5.8), squeeze=False, layout="constrained"
+    )
+    passes: set[int] = set()
+    for axis, key in zip(axes[0], keys, strict=True):
+        title, first = panels[key]
         for i, run in enumerate(runs):
-            lines = [(s.step, s.event.numbers(key)) for s in run.steps_logged]
-            count = max(len(values) for _, values in lines)
-            for k in range(count):
-                points = [(step, values[k]) for step, values in lines if len(values) > k]
-                axis.plot(
-                    *zip(*points, strict=True),
-                    color=colour(k + first),
-                    linestyle=STYLES[i % len(STYLES)],
-                    label=f"pass {k + first + 1}" if i == 0 else None,
-                )
-        axis.set(title=title, xlabel="step")
-        axis.margins(y=0.2)
+            for number, points in pass_curves(run, key, first).items():
+                if key == "growth" or number > 1:
+                    passes.add(number)
+                    style = STYLES[i % len(STYLES)]
+                    axis.plot(*zip(*points, strict=True), color=colour(number), linestyle=style)
+        axis.set(title=title, xlabel="step", xlim=(0, 1.03 * max(run.steps or 1 for run in runs)))
         draw_marks(axis, runs[0])
-        axis.legend(loc="best")
-    if len(runs) > 1:
-        seeds = [f"{run.label}: {STYLES[i % len(STYLES)]}" for i, run in enumerate(runs)]
-        figure.suptitle("one line style a seed   " + "    ".join(seeds), fontsize=13)
+    entries = {f"pass_{p}": plt.Line2D([], [], color=colour(p)) for p in sorted(passes)}
+    for i, run in enumerate(runs):
+        style = STYLES[i % len(STYLES)]
+        entries[f"seed_{run.label}"] = plt.Line2D([], [], color="#555555", linestyle=style)
+    add_legend(figure, **entries)
     return figure
 
 
+def pass_curves(run: Run, key: str, first: int) -> dict[int, list[tuple[int, float]]]:
+    """For each pass, the (step, number) of the lines whose sequence at `key` reaches it."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for line in run.steps_logged:
+        for number, value in enumerate(line.event.numbers(key), first):
+            curves.setdefault(number, []).append((line.step, value))
+    return curves
+
+
 def draw_ttt(plt: Any, runs: Sequence[Run]) -> Any:
-    figure, axis = plt.subplots(figsize=(10, 5.5))
-    drawn = False
+    if not any(run.all("ttt_chunk") for run in runs):
+        return None
+    figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
     for i, run in enumerate(runs):
         points = []
         for event in run.all("ttt_chunk"):
             chunk, bpb = event.pairs.get("chunk", "").split("/")[0], event.number("val_bpb")
             if chunk.isdigit() and bpb is not None:
                 points.append((int(chunk), bpb))
-        if not points:
-            continue
-        drawn = True
-        axis.plot(*zip(*points, strict=True), color=colour(i), label=f"seed {run.label}, TTT")
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour(i))
         if "sliding" in run.scores:
             axis.axhline(run.scores["sliding"].val_bpb, color=colour(i), linestyle=":")
-    if not drawn:
-        return None
-    if any("sliding" in run.scores for run in runs):
-        axis.plot([], [], color="#555555", linestyle=":", label="whole text, without TTT")
     axis.set(xlabel="chunks scored", ylabel="bpb of the text so far")
-    axis.legend()
+    dotted = plt.Line2D([], [], color="#555555", linestyle=":")
+    add_legend(figure, **seed_lines(plt, runs), whole_text_without_TTT=dotted)
     return figure
 
 
@@ -237,13 +261,14 @@ def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
     known = [run for run in runs if {"code_bytes", "model_bytes"} <= run.bytes.keys()]
     if not known:
         return None
-    figure, axis = plt.subplots(figsize=(10, 1.2 + 1.1 * len(known)))
+    figure, axis = plt.subplots(figsize=(10, 1.6 + 1.1 * len(known)), layout="constrained")
+    entries = {}
     for i, run in enumerate(reversed(known)):
         left = 0
         for key, shade in (("model_bytes", COLOURS[0]), ("code_bytes", COLOURS[4])):
             size = run.bytes[key]
-            label = key.removesuffix("_bytes") if i == 0 else None
-            axis.barh(i, size, left=left, color=shade, height=0.7, label=label)
+            name = key.removesuffix("_bytes")
+            entries[name] = axis.barh(i, size, left=left, color=shade, height=0.7)
             left += size
         text = f"{run.bytes['model_bytes']:,} + {run.bytes['code_bytes']:,}"
         inside = left > LIMIT_BYTES / 2
@@ -256,13 +281,13 @@ def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
             va="center",
             color="white" if inside else "black",
         )
-    axis.axvline(LIMIT_BYTES, color=COLOURS[1], label="limit")
+    entries["limit"] = axis.axvline(LIMIT_BYTES, color=COLOURS[1])
     axis.set_yticks(range(len(known)), [f"seed {run.label}" for run in reversed(known)])
     axis.set_xlim(0, 1.02 * LIMIT_BYTES)
     axis.set_xlabel("million bytes")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
     axis.grid(axis="y", visible=False)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    add_legend(figure, **entries)
     return figure
 
 
@@ -290,7 +315,6 @@ def draw_all(runs: Sequence[Run], output: Path) -> tuple[list[Path], list[str]]:
             if figure is None:
                 lacking.append(name)
                 continue
-            figure.tight_layout()
             path = output / f"{name}.png"
             temporary = path.with_suffix(".tmp")
             figure.savefig(temporary, format="png", metadata={"Software": None})

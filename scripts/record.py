@@ -160,7 +160,7 @@ def limit_errors(runs: Sequence[Run], track: str) -> Iterator[str]:
         cap = parse_number(text)
         if cap is None and text != "None":
             yield f"{name}: max_wallclock_seconds={text} is neither a number nor None"
-        step = max([run.step_avg_ms or 0.0, *run.step_ms_by_passes().values()]) / 1000
+        step = max(run.step_ms_by_passes().values(), default=run.step_avg_ms or 0.0) / 1000
         # The clock is looked at between steps, so the step in flight may end after it.
         if cap is not None and (run.train_seconds or 0.0) > cap + step:
             yield f"{name}: training took {run.train_seconds:.3f} s, its wall clock is {cap:g} s"

@@ -1,0 +1,750 @@
+"""From a run to a record: the log's parser, minified code, seeds, statistics, records, refusals."""
+
+import base64
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import lzma
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import check_record
+import inspect_logs
+import minify
+import package_record
+import plot_logs
+import record
+import run_log
+import seed_stats
+import trainer_runs
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ------------------------------------------------------------------------------------ the log
+
+
+def written(tmp_path: Path, events: list[tuple[str, dict]]) -> str:
+    """What the trainer's own writer makes of `events`."""
+    path = tmp_path / f"{random.getrandbits(64):x}.txt"
+    log = train_gpt.Log(path)
+    for name, pairs in events:
+        log.event(name, **pairs)
+    return path.read_text(encoding="utf-8")
+
+
+def random_text(rng: random.Random) -> str:
+    alphabet = "ab:,=%/\\ \t\n\r\x00\x1f\x85\u2028é漢🙂'\"#[]{}" + "none"
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 12)))
+
+
+def test_the_parser_is_the_inverse_of_the_writer(tmp_path, capsys):
+    rng = random.Random(0)
+    for _ in range(300):
+        texts = {f"k{i}": random_text(rng) for i in range(rng.randint(1, 5))}
+        numbers = [rng.uniform(-1, 1) * 10 ** rng.randint(-9, 9) for _ in range(3)]
+        whole = rng.randint(-(10**12), 10**12)
+        name = rng.choice(["", "event", "ttt_chunk"])
+        text = written(tmp_path, [(name, texts | {"x": numbers[0], "xs": numbers, "n": whole})])
+        lines = text.splitlines()
+        event = run_log.parse_line(lines[0])
+        assert len(lines) == 1, "a value must not break the line"
+        assert event.name == name
+        assert {key: event.pairs[key] for key in texts} == texts
+        assert event.integer("n") == whole
+        assert event.number("x") == pytest.approx(numbers[0], rel=1e-5)
+        assert event.numbers("xs") == pytest.approx(numbers, rel=1e-5)
+    capsys.readouterr()
+
+
+SCRIPT_TEXT = 'import argparse\nargparse.ArgumentParser(description="a trainer").parse_args()\n'
+SCRIPT_SHA = hashlib.sha256(SCRIPT_TEXT.encode()).hexdigest()
+
+
+def complete_log(seed: int, **config: object) -> str:
+    """A log of 40 steps of 10, 20 and 30 ms with 1, 2 and 3 passes, as the trainer writes it."""
+    settings = {"seed": seed, "max_wallclock_seconds": 600.0, "data_path": "data/datasets/x"}
+    settings |= {"tokenizer_path": "data/t.model", "sliding_eval": True, "ttt_enabled": True}
+    bpb = 2.0 + seed % 7 / 100
+    lines = [
+        f"run run_id:train_seed{seed} started:20260102_030405",
+        f"code name:train_gpt.py bytes:{len(SCRIPT_TEXT)} sha256:{SCRIPT_SHA}",
+        "versions python:3.12.1 torch:2.9.1+cu128 cuda:12.8 numpy:2.3.5 sentencepiece:0.2.1",
+        "device name:NVIDIA%20H100%2080GB%20HBM3 world_size:8 dtype:bfloat16",
+        *(
+            f"config name:{key} value:{train_gpt.log_text(value)} source:env"
+            for key, value in (settings | config).items()
+        ),
+        "data split:train shards:80 tokens:8000000000 fingerprint:00ff",
+        "data split:val shards:1 tokens:62021846 fingerprint:ff00",
+        "model parameters:26700800 attention:sdpa compile:on",
+        "phase name:warm_up seconds:30.5",
+    ]
+    clock = 0
+    growth = {0: 1, 20: 2, 30: 3}
+    for step in range(41):
+        if step in growth:
+            lines.append(
+                f"progressive_passes step:{step} progress:{step / 40} num_passes:{growth[step]}"
+            )
+        if step and step % 5 == 0:
+            lines.append(
+                f"step:{step}/40 train_loss:2.5 train_bpb:1.5 train_time:{clock}ms step_avg:1ms"
+            )
+        clock += 10 * growth[max(s for s in growth if s <= step)]
+    score = f"val_loss:{2 * bpb:.8f} val_bpb:{{:.8f}} tokens:62021845 bytes:151080891 seconds:9.5"
+    return "\n".join(
+        [
+            *lines,
+            "stop step:40 train_time:700ms step_avg:17.50ms peak_memory_mib:21000",
+            "phase name:training seconds:0.7",
+            f"pre_quant_exact {score.format(bpb + 0.01)}",
+            f"artifact path:x code_bytes:{len(SCRIPT_TEXT)} model_bytes:15900000 "
+            f"total_bytes:{15900000 + len(SCRIPT_TEXT)} margin_bytes:1",
+            "phase name:export seconds:20.25",
+            f"final_int6_roundtrip_exact {score.format(bpb + 0.02)}",
+            f"final_int6_sliding_window_exact {score.format(bpb + 0.005)}",
+            "ttt_chunk chunk:94/1893 val_bpb:2.1 time:9.0s",
+            f"legal_ttt_exact {score.format(bpb)}",
+            "phase name:evaluation seconds:300.5\n",
+        ]
+    )
+
+
+OLDER_LOG = """\
+world_size:8 grad_accum_steps:1
+seed:1337
+progressive_passes: step:0 num_passes:1
+step:50/6500 train_loss:3.7892 grad_norm:1.0422 train_time:4097ms step_avg:81.94ms
+step:4000/6500 train_loss:2.1 train_time:334000ms step_avg:83.50ms
+step:4000/6500 val_loss:2.0584 val_bpb:1.2191 train_time:334000ms step_avg:83.50ms
+progressive_passes: step:4500 num_passes:2
+step:4600/6500 train_loss:2.0 train_time:390000ms step_avg:84ms
+step:4700/6500 train_loss:2.0 train_time:401190ms step_avg:85ms
+stopping_early: wallclock_cap train_time:600078ms step:6328/6500
+DIAGNOSTIC post_ema val_loss:1.9172 val_bpb:1.1353 eval_time:2000ms
+Code size: 88253 bytes
+Serialized model int6+lzma: 15850832 bytes
+Total submission size int6+lzma: 15939085 bytes
+  ttt_chunk [11/1893] bpb=1.141819 time=3.5s
+legal_ttt val_loss:1.8838 val_bpb:1.1157 eval_time:565600ms
+legal_ttt_exact val_loss:1.88375543 val_bpb:1.11566902
+"""
+
+
+def build(text: str, name: str = "train_seed1.log") -> run_log.Run:
+    return run_log.build_run(Path(name), text)
+
+
+def test_a_complete_log_in_numbers():
+    run = build(complete_log(3))
+    assert (run.missing, run.problems, run.final, run.seed, run.steps) == ([], [], "ttt", 3, 40)
+    # 5 of the 40 steps lie between two lines of different phases and belong to neither.
+    assert run.step_ms_by_passes() == pytest.approx({1: 10, 2: 20, 3: 30})
+    assert run.step_avg_ms == pytest.approx(17.5)
+    assert run.ttt_gain == pytest.approx(-0.005)
+    assert run.scores["pre_quant"].val_bpb == pytest.approx(2.04)
+    assert (run.train_seconds, run.eval_seconds) == (0.7, 300.5)
+    summary = {key: spread.mean for key, spread in inspect_logs.summarize([run]).items()}
+    assert summary["bytes_margin"] == 16_000_000 - 15_900_000 - len(SCRIPT_TEXT)
+
+
+def test_the_older_format_is_read_as_far_as_it_goes():
+    run = build(OLDER_LOG)
+    assert (run.seed, run.steps, run.train_seconds) == (1337, 6328, 600.078)
+    assert run.step_ms_by_passes() == pytest.approx({1: 83.51, 2: 111.9}, rel=1e-3)
+    assert run.scores["pre_quant"].val_bpb == 1.1353
+    assert run.scores["ttt"] == (1.88375543, 1.11566902, None, None, 565.6)
+    assert run.bytes["total_bytes"] == 15939085
+    assert run.all("ttt_chunk")[0].pairs == {
+        "chunk": "11/1893",
+        "val_bpb": "1.141819",
+        "time": "3.5s",
+    }
+    assert not run.problems
+    assert [text for text in run.missing if "score" in text] == [
+        "the quantized score (final_int6_roundtrip_exact)",
+        "the sliding score (final_int6_sliding_window_exact)",
+    ]
+
+
+@pytest.mark.parametrize("text", [complete_log(3), OLDER_LOG], ids=["ours", "older"])
+def test_a_cut_log_never_gives_a_number_that_the_whole_one_does_not(text):
+    whole = build(text)
+    for end in range(0, len(text), 7):
+        run = build(text[:end])
+        assert run.scores.items() <= whole.scores.items()
+        assert run.bytes.items() <= whole.bytes.items()
+        assert run.missing
+        assert run.config.items() <= whole.config.items()
+        assert not end or text[end - 1] == "\n" or "cut off" in run.problems[-1]
+
+
+def test_damaged_logs_are_read_without_a_crash_and_reported():
+    rng = random.Random(1)
+    whole = complete_log(3) + complete_log(4)
+    for trial in range(150):
+        lines = whole.splitlines(keepends=trial % 2 == 0)
+        rng.shuffle(lines)
+        text = list("".join(lines[: rng.randint(1, len(lines))]))
+        for _ in range(rng.randint(0, 60)):
+            text[rng.randrange(len(text))] = rng.choice("0:,%\n \x00é-e./")
+        run = build("".join(text))
+        assert run.missing or run.problems
+        inspect_logs.plain_table(inspect_logs.table_rows([run, run]))
+        json.dumps(inspect_logs.as_json([run], None))
+        inspect_logs.gaps([run])
+        with pytest.raises(record.RecordError):
+            record.build_submission([run], IDENTITY, record.OPEN_TRACK, None)
+    glued = complete_log(3).replace("\nstep:10/40", " step:10/40")
+    assert "is damaged" in build(glued).problems[0]
+    assert "2 runs wrote" in " ".join(build(whole).problems)
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    with pytest.raises(run_log.LogError, match="cannot be read"):
+        run_log.read_run(tmp_path / "none.log")
+    with pytest.raises(run_log.LogError, match="cannot be read"):
+        run_log.read_run(tmp_path)
+    large = tmp_path / "large.log"
+    with large.open("wb") as file:
+        file.truncate(run_log.MAX_LOG_BYTES + 1)
+    with pytest.raises(run_log.LogError, match="no log of a run"):
+        run_log.read_run(large)
+
+
+# --------------------------------------------------------------------------------- statistics
+
+
+def runs_with(bpbs: list[float], first_seed: int = 1) -> list[run_log.Run]:
+    runs = []
+    for seed, bpb in enumerate(bpbs, first_seed):
+        run = build(complete_log(seed))
+        run.scores["ttt"] = run.scores["ttt"]._replace(val_bpb=bpb)
+        runs.append(run)
+    return runs
+
+
+def test_comparisons_agree_with_scipy_on_the_raw_values():
+    stats = pytest.importorskip("scipy.stats")
+    ours, theirs = [1.10, 1.11, 1.09], [1.15, 1.13, 1.16, 1.14]
+    base = seed_stats.base_of_runs("base", runs_with(theirs))
+    found = seed_stats.compare(runs_with(ours), base)
+    expected = stats.ttest_ind(ours, theirs, equal_var=False)
+    assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue))
+    assert found.p_lower == pytest.approx(expected.pvalue / 2)
+    assert found.bpb == pytest.approx(-0.045)
+    assert found.nats == pytest.approx(-0.045 * 0.693147 * 151080891 / 62021845, rel=1e-5)
+    figure = seed_stats.Base("a figure", seed_stats.Spread(1.15, None, 1))
+    single = seed_stats.compare(runs_with(ours), figure)
+    assert single.p == pytest.approx(stats.ttest_1samp(ours, 1.15).pvalue)
+
+
+def test_comparisons_say_why_there_is_none(monkeypatch):
+    base = seed_stats.Base("base", seed_stats.Spread(1.2, 0.1, 3), 10, 20)
+    assert "one seed" in seed_stats.compare(runs_with([1.1]), base).test
+    assert "no value deviates" in seed_stats.t_test([1.0, 1.0], seed_stats.Spread(1.0, 0.0, 2))[0]
+    assert "another text" in seed_stats.compare(runs_with([1.1, 1.2]), base).note
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert "pip install scipy" in seed_stats.compare(runs_with([1.1, 1.2]), base).test
+    other = build(complete_log(3, ttt_enabled=False))
+    with pytest.raises(seed_stats.StatsError, match="different evaluations"):
+        seed_stats.final_scores([*runs_with([1.1]), other])
+    with pytest.raises(seed_stats.StatsError, match="different validation texts"):
+        seed_stats.validation_text(
+            [s.scores["ttt"] for s in runs_with([1.1])]
+            + [runs_with([1.1])[0].scores["ttt"]._replace(bytes=5)]
+        )
+
+
+# ------------------------------------------------------------------------------- minified code
+
+TOY = '''"""What --help shows."""
+from __future__ import annotations
+import dataclasses
+
+class Log:
+    """Gone."""
+    def event(self, name: str = "", /, **pairs: int) -> dict[str, int]:
+        """Gone."""
+        total: int = sum(pairs.values())
+        assert total >= 0
+        return {"event": name, "total": total, **pairs}
+
+@dataclasses.dataclass
+class Settings:
+    rate: float = 0.5
+    """Gone."""
+
+def nothing():
+    """Only a docstring."""
+'''
+
+
+@pytest.mark.parametrize("form", [lambda code: code, minify.self_extracting], ids=["plain", "stub"])
+def test_minified_code_keeps_what_the_program_reads(tmp_path, form):
+    path = tmp_path / "train_gpt.py"
+    path.write_text(form(minify.minify(TOY)), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("toy", path)
+    toy = importlib.util.module_from_spec(spec)
+    sys.modules["toy"] = toy
+    try:
+        spec.loader.exec_module(toy)
+    finally:
+        del sys.modules["toy"]
+    assert toy.__doc__ == "What --help shows."
+    assert toy.__file__ == str(path)
+    # Keywords may repeat the name of a positional-only parameter: log events do.
+    assert toy.Log().event("code", name=1) == {"event": "code", "total": 1, "name": 1}
+    assert [(f.name, f.type) for f in dataclasses.fields(toy.Settings)] == [("rate", "float")]
+    with pytest.raises(AssertionError):
+        toy.Log().event(x=-1)
+    source = inspect.getsource(toy.nothing)
+    assert source.startswith("def nothing")
+    assert "Gone" not in minify.minify(TOY)
+    assert "docstring" not in source
+
+
+def test_the_stub_holds_exactly_the_minified_code():
+    code = minify.minify(TOY)
+    payload = re.search(r'b85decode\("(.*)"\)', minify.self_extracting(code))[1]
+    assert lzma.decompress(base64.b85decode(payload)).decode() == code
+
+
+# ------------------------------------------------------------------- the whole way, with real runs
+
+
+@pytest.fixture(scope="session")
+def env_file(corpus, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("env") / "tiny.env"
+    data = {"DATA_PATH": corpus.data_path, "TOKENIZER_PATH": corpus.tokenizer_path}
+    sizes = {"VOCAB_SIZE": corpus.vocab_size, "TTT_CHUNK_TOKENS": 256, "EVAL_BATCH_SEQS": 8}
+    settings = trainer_runs.TINY_RUN | data | sizes
+    path.write_text("# tiny\n" + "".join(f"{k}={v}\n" for k, v in settings.items()))
+    return path
+
+
+def run_seeds(env_file: Path, output: Path, *options: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts/run_seeds.sh"), "--env", str(env_file), "--nproc", "1"]
+    return subprocess.run(
+        [*command, "--output", str(output), *options],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+
+
+def in_this_process(env: dict[str, str], *arguments: str) -> int:
+    """The readable trainer, without the seconds that another interpreter needs to import torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, str(value))
+        patch.setattr(sys, "argv", ["train_gpt.py", *arguments])
+        return train_gpt.main()
+
+
+def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
+    """The shipped form gives the same numbers; seeds resume; their record stands and reruns."""
+    source, output = ROOT / "train_gpt.py", tmp_path / "seeds"
+    code = minify.minify(source.read_text("utf-8"))
+    shipped = output / "train_gpt.py"
+    minify.write(shipped, minify.self_extracting(code))
+    (output / "running").mkdir()
+    (output / "train_seed5.log").write_text("a finished log")
+    (output / "running" / "train_seed1337.txt").write_text("half a log")
+    done = run_seeds(env_file, output, "--self-extracting", "--seeds", "5 1337")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished before" in done.stdout
+    assert (output / "train_seed5.log").read_text() == "a finished log"
+    assert [p.read_text() for p in (output / "interrupted").iterdir()] == ["half a log"]
+    assert (output / "train_seed1337.int6.xz").is_file()
+    (output / "train_seed5.log").unlink()
+
+    env = trainer_runs.read_env_file(env_file)
+    assert in_this_process(env | {"OUTPUT_DIR": tmp_path / "readable", "RUN_ID": "run"}) == 0
+    expected = run_log.read_run(tmp_path / "readable" / "run.txt")
+    run = run_log.read_run(output / "train_seed1337.log")
+    assert minify.compare_runs(expected, run, shipped) > 20
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        in_this_process({"COLUMNS": "100"}, "--help")
+    assert trainer_runs.help_text(shipped) == capsys.readouterr().out
+    with pytest.raises(trainer_runs.RunError, match="the file has"):
+        minify.compare_runs(expected, expected, shipped)
+    expected.scores["ttt"] = expected.scores["ttt"]._replace(val_bpb=1.0)
+    with pytest.raises(trainer_runs.RunError, match="ttt val_bpb is"):
+        minify.compare_runs(expected, run, shipped)
+
+    folder = packaged(output, tmp_path / "records")
+    score = run.scores["ttt"].val_bpb
+    assert check_record.rerun(folder, env) == (
+        [],
+        f"rerun: val_bpb {score:.8f} on {env['DATA_PATH']}",
+    )
+    submission = json.loads((folder / "submission.json").read_text())
+    assert (submission["val_bpb"], submission["std"]) == (score, None)
+    assert not submission["leaderboard_comparable"]
+    assert "Not a leaderboard figure" in (folder / "README.md").read_text()
+
+
+def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
+    for options, text in (
+        (["--seeds", "1 x"], "'x' is no seed"),
+        (["--seeds", ""], "--seeds is empty"),
+        (["--nproc", "0"], "no number of processes"),
+        (["--what"], "unknown option --what"),
+        (["--env", str(tmp_path / "none")], "is missing"),
+    ):
+        done = run_seeds(env_file, tmp_path, *options)
+        assert done.returncode == 2, options
+        assert text in done.stderr
+    (tmp_path / "train_seed1.log").write_text("of another script")
+    (tmp_path / "train_gpt.py").write_text("pass")
+    done = run_seeds(env_file, tmp_path, "--seeds", "2")
+    assert "logs of another train_gpt.py" in done.stderr
+    assert (tmp_path / "train_gpt.py").read_text() == "pass"
+    (tmp_path / "running.pid").write_text(str(os.getpid()))
+    assert "is in use by process" in run_seeds(env_file, tmp_path).stderr
+
+
+# ------------------------------------------------------------------------------------- records
+
+IDENTITY = record.Identity("A name: 2nd", "An Author", "author", "a recipe", "What it is.")
+
+
+def packaged(source: Path, records: Path, **changes: object) -> Path:
+    settings = {
+        "identity": IDENTITY,
+        "track": None,
+        "base": None,
+        "figures": [],
+        "notes": "Nothing.",
+    }
+    return package_record.package(source, records=records, **(settings | changes))
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """What run_seeds.sh leaves behind, with three short logs and a script that only has --help."""
+    folder = tmp_path / "seeds"
+    folder.mkdir()
+    (folder / "train_gpt.py").write_text(SCRIPT_TEXT)
+    for seed in (1, 2, 3):
+        (folder / f"train_seed{seed}.log").write_text(complete_log(seed))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_packaging_is_deterministic_and_follows_from_the_logs(source, tmp_path):
+    base = seed_stats.Base("published", seed_stats.Spread(2.5, 0.01, 3))
+    one = packaged(source, tmp_path / "a" / "records", base=base)
+    for path in source.iterdir():
+        os.utime(path, (1, 1))
+    two = packaged(source, tmp_path / "b" / "records", base=base)
+    assert contents(one.parents[1]) == contents(two.parents[1])
+    assert two.relative_to(tmp_path) == Path("b/records/track_10min_16mb/2026-01-02_A_name_2nd")
+    found = json.loads((one / "submission.json").read_text())
+    assert found["val_bpb"] == pytest.approx(2.02)
+    assert found["std"] == pytest.approx(0.01)
+    assert found["seeds"] == [1, 2, 3]
+    assert found["seed_results"]["2"]["sliding_val_bpb"] == pytest.approx(2.025)
+    assert found["leaderboard_comparable"] is True
+    assert found["hardware"] == "8x NVIDIA H100 80GB HBM3"
+    assert found["comparison"]["val_bpb"] == pytest.approx(-0.48)
+    assert check_record.check(one) == []
+    with pytest.raises(record.RecordError, match="exists"):
+        packaged(source, tmp_path / "a" / "records", base=base)
+    assert packaged(source, tmp_path / "a" / "records", notes="New.", replace=True) == one
+    assert "New." in (one / "README.md").read_text()
+    assert [p.name for p in (tmp_path / "a" / "records").iterdir()] == ["track_10min_16mb"]
+
+
+def edit(name: str, old: str, new: str):
+    """A change of one file of a record; the text to change must be there."""
+
+    def change(folder: Path) -> None:
+        for path in sorted(folder.glob(name)):
+            text = path.read_text()
+            assert old in text
+            path.write_text(text.replace(old, new))
+
+    return change
+
+
+def remove(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def put(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove_logs(folder: Path) -> None:
+    for path in folder.glob("*.log"):
+        path.unlink()
+
+
+def break_script(folder: Path) -> None:
+    """A script that fails, of the same size, whose sum the logs give correctly."""
+    text = "1 / 0".ljust(len(SCRIPT_TEXT) - 1) + "\n"
+    (folder / "train_gpt.py").write_text(text)
+    edit("*.log", SCRIPT_SHA, hashlib.sha256(text.encode()).hexdigest())(folder)
+
+
+def duplicate_seed(folder: Path) -> None:
+    shutil.copy(folder / "train_seed1.log", folder / "train_seed2.log")
+
+
+REFUSALS = {
+    "no README": (remove("README.md"), "README.md is missing"),
+    "no submission": (remove("submission.json"), "submission.json is missing"),
+    "no script": (remove("train_gpt.py"), "train_gpt.py is missing"),
+    "no requirements": (remove("requirements.txt"), "requirements.txt is missing"),
+    "no log": (remove_logs, "there is no train_seed<N>.log"),
+    "stray file": (put("train_gpt_old.py", ""), "train_gpt_old.py does not belong"),
+    "no JSON": (put("submission.json", "{"), "submission.json is no JSON"),
+    "no object": (put("submission.json", "[]"), "submission.json is no JSON object"),
+    "no author": (edit("submission.json", '"An Author"', "3"), "no text for author"),
+    "unknown key": (edit("submission.json", '"score"', '"scorn"'), "scorn is unknown"),
+    "missing key": (edit("submission.json", '"score"', '"scorn"'), "score is missing"),
+    "other mean": (
+        edit("submission.json", '"val_bpb": 2.02,', '"val_bpb": 2.01,'),
+        "val_bpb is 2.01",
+    ),
+    "other deviation": (edit("submission.json", '"std": 0.01', '"std": 0.001'), "std is 0.001"),
+    "other bytes": (
+        edit("submission.json", '"bytes_total": 159', '"bytes_total": 158'),
+        "bytes_total",
+    ),
+    "other date": (edit("submission.json", "2026-01-02", "2026-01-03"), "date is '2026-01-03'"),
+    "other seeds": (
+        edit("submission.json", '"seeds": [\n    1,', '"seeds": [\n    7,'),
+        "seeds is [7, 2, 3], the logs give [1, 2, 3]",
+    ),
+    "other script": (put("train_gpt.py", SCRIPT_TEXT + "#"), "made by another script"),
+    "bytes of code": (
+        edit("train_seed1.log", f" bytes:{len(SCRIPT_TEXT)} ", " bytes:7 "),
+        f"counts 7 bytes, train_gpt.py has {len(SCRIPT_TEXT)}",
+    ),
+    "script fails": (break_script, "does not start inside the record's folder"),
+    "renamed log": (
+        lambda folder: (folder / "train_seed1.log").rename(folder / "train_seed9.log"),
+        "train_seed9.log is a run of seed 1",
+    ),
+    "seed twice": (duplicate_seed, "seed 1 is in more than one log"),
+    "unfinished run": (edit("train_seed2.log", "legal_ttt_exact", "x"), "the run did not finish"),
+    "cut log": (edit("train_seed2.log", "seconds:300.5\n", "seconds:300.5"), "is cut off"),
+    "other settings": (
+        edit("train_seed2.log", "value:data/t.model", "value:data/u.model"),
+        "tokenizer_path",
+    ),
+    "other hardware": (
+        edit("train_seed2.log", "world_size:8", "world_size:4"),
+        "differ in hardware",
+    ),
+    "other versions": (edit("train_seed2.log", "numpy:2.3.5", "numpy:2.3.4"), "differ in versions"),
+    "other data": (
+        edit("train_seed2.log", "fingerprint:ff00", "fingerprint:ff01"),
+        "differ in data",
+    ),
+    "wrong sum": (edit("train_seed1.log", " total_bytes:159", " total_bytes:158"), "are not the"),
+    "over the limit": (
+        edit(
+            "train_seed3.log",
+            f"model_bytes:15900000 total_bytes:{15900000 + len(SCRIPT_TEXT)}",
+            f"model_bytes:16000000 total_bytes:{16000000 + len(SCRIPT_TEXT)}",
+        ),
+        "exceed 16,000,000",
+    ),
+    "over the clock": (
+        edit(
+            "train_seed1.log", "stop step:40 train_time:700ms", "stop step:40 train_time:600700ms"
+        ),
+        "its wall clock is 600 s",
+    ),
+    "slow evaluation": (
+        edit("train_seed1.log", "evaluation seconds:300.5", "evaluation seconds:600.1"),
+        "evaluation took 600.1 s",
+    ),
+    "longer clock": (
+        edit("*.log", "max_wallclock_seconds value:600", "max_wallclock_seconds value:700"),
+        "at most 600",
+    ),
+    "no number": (
+        edit("*.log", "max_wallclock_seconds value:600", "max_wallclock_seconds value:x"),
+        "neither a number",
+    ),
+    "other hardware in all": (edit("*.log", "H100", "A100"), "for runs on FineWeb with 8 H100"),
+    "other text in all": (
+        edit("*.log", "bytes:151080891", "bytes:151"),
+        "for runs on FineWeb with 8 H100",
+    ),
+    "unknown track": (
+        edit("submission.json", "track_10min_16mb", "track_x"),
+        "there is no track track_x",
+    ),
+    "two seeds": (remove("train_seed3.log"), "asks for 3 seeds, here are 2"),
+    "no base": (
+        edit("submission.json", '"comparison": null', '"comparison": {"base": 1}'),
+        "names no base",
+    ),
+    "README headline": (
+        edit("README.md", "**val_bpb 2.02000", "**val_bpb 1.02000"),
+        "its headline",
+    ),
+    "README table": (edit("README.md", "| 2.01000 |", "| 1.01000 |"), "its results table"),
+    "versions listed": (
+        edit("requirements.txt", "numpy==2.3.5", "numpy"),
+        "requirements.txt does not list",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_record_is_refused(case, source, tmp_path):
+    change, reason = REFUSALS[case]
+    folder = packaged(source, tmp_path / "records")
+    change(folder)
+    assert reason in "\n".join(check_record.check(folder))
+
+
+def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path):
+    records = tmp_path / "records"
+
+    def refusal(**changes) -> str:
+        with pytest.raises(record.RecordError) as error:
+            packaged(source, records, **changes)
+        return str(error.value)
+
+    assert "for runs on FineWeb" not in refusal(figures=[tmp_path / "x.png"])
+    assert "figures are .png" in refusal(figures=[source / "train_gpt.py"])
+    edit("train_seed2.log", "final_int6_sliding_window_exact", "x")(source)
+    assert "the sliding score" in refusal()
+    for path in source.glob("*.log"):
+        path.unlink()
+    assert "has no train_seed<N>.log" in refusal()
+    (source / "train_gpt.py").unlink()
+    assert "has no train_gpt.py" in refusal()
+    assert not contents(records)
+
+
+def test_the_root_speaks_for_the_best_record(source, tmp_path, monkeypatch, capsys):
+    """8 H100 on FineWeb before a CPU; on the same text the lower bpb; and the check sees drift."""
+    records = tmp_path / "records"
+    monkeypatch.setattr(check_record, "RECORDS", records)
+    assert package_record.update_root(records) is None
+
+    def add(name: str, **changes: str) -> Path:
+        for old, new in changes.items():
+            edit("*.log", old.replace("__", ":"), new)(source)
+        return packaged(source, records, identity=dataclasses.replace(IDENTITY, name=name))
+
+    official = add("official")
+    better = add("better", **{"val_bpb__2.": "val_bpb:1."})
+    on_cpu = add("on a CPU", **{"val_bpb__1.": "val_bpb:0.", "peak_memory_mib__21000": "x:1"})
+    assert official.parent.name == better.parent.name == record.TEN_MINUTE_TRACK
+    assert on_cpu.parent.name == record.OPEN_TRACK
+    assert package_record.update_root(records) == better
+    assert check_record.main(["--all"]) == 0
+    root = json.loads((tmp_path / "submission.json").read_text())
+    assert root["record"] == f"records/{record.TEN_MINUTE_TRACK}/{better.name}"
+    assert "H100" in root["hardware"]
+    edit("submission.json", '"val_bpb": 1.02', '"val_bpb": 1.01')(tmp_path)
+    assert check_record.main(["--all"]) == 1
+    assert "val_bpb is 1.01" in capsys.readouterr().out
+    edit("submission.json", '"val_bpb": 1.02', '"val_bpb": 1.01')(better)
+    assert check_record.main([str(better)]) == 1
+    assert "refused" in capsys.readouterr().out
+
+
+def test_the_demo_is_never_taken_for_the_contest(source, tmp_path):
+    edit("*.log", "NVIDIA%20H100%2080GB%20HBM3 world_size:8", "x86_64%20x2 world_size:1")(source)
+    edit("*.log", "peak_memory_mib:21000", "peak_memory_mib:0")(source)
+    with pytest.raises(record.RecordError, match="for runs on FineWeb with 8 H100"):
+        packaged(source, tmp_path / "records", track=record.TEN_MINUTE_TRACK)
+    folder = packaged(source, tmp_path / "records")
+    found = json.loads((folder / "submission.json").read_text())
+    assert (found["track"], found["leaderboard_comparable"]) == (record.OPEN_TRACK, False)
+    assert found["hardware"] == "CPU x86_64 x2, processes: 1"
+    assert record.NOT_COMPARABLE in (folder / "README.md").read_text()
+
+
+def test_the_run_command_repeats_the_settings():
+    run = build(complete_log(3, feedback_mode="none", data_path="my data"))
+    command = record.run_command(run, "train_gpt.py")
+    assert "FEEDBACK_MODE=none" in command
+    assert "DATA_PATH='my data'" in command
+    assert command.endswith("torchrun --standalone --nproc_per_node=8 train_gpt.py")
+
+
+# --------------------------------------------------------------------------------- commands
+
+
+def test_inspect_prints_what_is_asked(source, capsys):
+    logs = [str(path) for path in sorted(source.glob("*.log"))]
+    assert inspect_logs.main([*logs, "--require-complete", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["ttt_val_bpb"] for run in found["runs"]] == [2.01, 2.02, 2.03]
+    assert found["spread"]["ttt_val_bpb"] == pytest.approx({"mean": 2.02, "std": 0.01, "n": 3})
+    assert inspect_logs.main([*logs, "--format", "markdown", "--against-figure", "2.5,0.01,3"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"\| bpb quantized, TTT \| 2.01000 .* 2.02000 \| 0.01000 \|", text)
+    assert "-0.48000 bpb" in text
+    edit("train_seed1.log", "legal_ttt_exact", "x")(source)
+    assert inspect_logs.main([*logs, "--require-complete"]) == 1
+    assert "is missing: the ttt score" in capsys.readouterr().out
+    assert inspect_logs.main([*logs, "--against", logs[0]]) == 2
+    assert "no final score in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("figure", ["x", "1.1,2", "-1", "1.1,0.1,0", "1.1,-1,3", "1,1,1,1", "nan"])
+def test_what_is_no_figure_is_refused(figure, source, capsys):
+    with pytest.raises(SystemExit):
+        inspect_logs.main([str(source / "train_seed1.log"), f"--against-figure={figure}"])
+    assert "is no figure" in capsys.readouterr().err
+
+
+def test_plots_are_drawn_from_what_a_log_has(source, tmp_path):
+    pytest.importorskip("matplotlib")
+    step = " growth:1.5,1.2 feedback_norm:0,0.1 residual_scale:0.5,0.4 train_time"
+    edit("*.log", " train_time", step)(source)
+    runs = run_log.read_runs(sorted(source.glob("*.log")))
+    written, lacking = plot_logs.draw_all(runs, tmp_path / "one")
+    assert {path.stem for path in written} == set(plot_logs.PICTURES)
+    assert not lacking
+    again, _ = plot_logs.draw_all(runs, tmp_path / "two")
+    assert [p.read_bytes() for p in written] == [p.read_bytes() for p in again]
+    text = complete_log(3)
+    plot_logs.draw_all([build(text[: len(text) // 2])], tmp_path / "cut")
+    assert plot_logs.draw_all([build("")], tmp_path / "cut")[0] == []
+
+
+def test_plots_say_what_they_need(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot_logs.main([str(source / "train_seed1.log"), "-o", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_environment_files(tmp_path):
+    path = tmp_path / "x.env"
+    path.write_text("# comment\n\nITERATIONS=6\nDATA_PATH=data/x\nRUN='a b'\n")
+    found = trainer_runs.read_env_file(path)
+    assert found == {"ITERATIONS": "6", "DATA_PATH": str(ROOT / "data/x"), "RUN": "a b"}
+    path.write_text("iterations 6\n")
+    with pytest.raises(trainer_runs.RunError, match=r"x.env:1: 'iterations 6' is not KEY=value"):
+        trainer_runs.read_env_file(path)
