@@ -1,0 +1,266 @@
+"""Evaluation: every token scored once, bits per byte of text, TTT only on what is scored."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from train_gpt import (
+    GPT,
+    Evaluator,
+    FlatParameters,
+    Hyperparameters,
+    Log,
+    Runtime,
+    TokenBytes,
+    scoring_windows,
+)
+
+# ------------------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("seq_len", [8, 9, 32])
+def test_every_target_is_scored_once_with_all_the_context_there_is(seq_len):
+    """For odd lengths, strides and chunks; within a window of seq_len, never beyond the text."""
+    for stride in {1, 3, seq_len // 2, seq_len - 1, seq_len}:
+        for length in (seq_len, seq_len + 1, 3 * seq_len - 1, 5 * seq_len + 4, 101):
+            for chunk in (1, 5, seq_len - 1, seq_len, seq_len + 3, 64, 1000):
+                scored = []
+                for first in range(0, length, chunk):
+                    last = min(first + chunk, length)
+                    windows = scoring_windows(first, last, seq_len, stride)
+                    assert (windows[:, 1] < windows[:, 2]).all()
+                    for start, low, high in windows.tolist():
+                        assert 0 <= start <= low < high <= start + seq_len
+                        assert start + seq_len <= length, "its tokens and targets exist"
+                        assert high - low <= stride or start == 0
+                        context = low - start + 1
+                        assert start == 0 or context >= seq_len - stride + 1
+                        scored += range(low, high)
+                assert scored == list(range(length))
+
+
+def test_without_overlap_windows_tile_the_text():
+    assert scoring_windows(0, 70, 32, 32).tolist() == [[0, 0, 32], [32, 32, 64], [38, 64, 70]]
+    assert scoring_windows(0, 70, 32, 16).tolist() == [
+        [0, 0, 32], [16, 32, 48], [32, 48, 64], [38, 64, 70],
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+class Lines(Log):
+    """A log that keeps its events."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.events = []
+
+    def event(self, name: str = "", /, **pairs) -> None:
+        self.events.append((name, pairs))
+
+
+@pytest.fixture(scope="module")
+def table(corpus, runtime) -> TokenBytes:
+    return TokenBytes(corpus.tokenizer, runtime.device)
+
+
+def evaluator(hp: Hyperparameters, corpus, table, runtime: Runtime, tokens=None) -> Evaluator:
+    tokens = corpus.val_tokens if tokens is None else tokens
+    return Evaluator(tokens, table, hp, runtime, Lines())
+
+
+def losses_of_own_windows(model: GPT, tokens: np.ndarray, stride: int) -> torch.Tensor:
+    """Each target's loss from a window of its own, at the place that the stride gives it."""
+    T, count = model.hp.train_seq_len, len(tokens) - 1
+    t = np.arange(count)
+    to = np.where(t < T, T, np.minimum(count, T + -(-(t + 1 - T) // stride) * stride))
+    rows = tokens.astype(np.int32)[(to - T)[:, None] + np.arange(T + 1)]
+    rows = torch.from_numpy(rows)
+    losses, _ = model(rows[:, :-1], rows[:, 1:], 2)
+    return losses[t, t - to + T]
+
+
+@pytest.mark.parametrize(("stride", "batch"), [(8, 16), (32, 5), (7, 3)])
+def test_sliding_scores_are_those_of_single_windows(
+    corpus, table, tiny, runtime, random_model, stride, batch
+):
+    hp = tiny(eval_stride=stride, eval_batch_seqs=batch)
+    model, tokens = random_model(hp), corpus.val_tokens[:150]
+    scorer = evaluator(hp, corpus, table, runtime, tokens)
+    with torch.no_grad():
+        expected = losses_of_own_windows(model, tokens, stride)
+        scorer.run("sliding", model, stride, 2)
+    torch.testing.assert_close(scorer.losses[:-1], expected, rtol=1e-4, atol=1e-4)
+    [(name, pairs)] = scorer.log.events
+    assert (name, pairs["tokens"]) == ("sliding", 149)
+    assert float(pairs["val_loss"]) == pytest.approx(expected.double().mean().item(), rel=1e-5)
+
+
+def test_bits_per_byte_are_those_of_the_text(corpus, table, tiny, runtime, random_model):
+    """The sum of all losses over the length of all documents in UTF-8: no table involved."""
+    model = random_model(tiny())
+    scorer = evaluator(model.hp, corpus, table, runtime)
+    scorer.run("plain", model, 32, 1)
+    _, pairs = scorer.log.events[0]
+    text_bytes = sum(len(document.encode()) for document in corpus.val_documents)
+    bits = scorer.losses[:-1].double().sum().item() / math.log(2)
+    assert pairs["bytes"] == text_bytes
+    assert float(pairs["val_bpb"]) == pytest.approx(bits / text_bytes, abs=1e-7)
+    assert len(scorer.losses) - 1 == pairs["tokens"] == len(corpus.val_tokens) - 1
+
+
+def test_a_report_refuses_scores_that_are_not_all_there(corpus, table, tiny, runtime, random_model):
+    model = random_model(tiny())
+    scorer = evaluator(model.hp, corpus, table, runtime)
+    windows = scoring_windows(0, scorer.num_targets, 32, 8)
+    scorer.score(model, windows[:-1], 1, 8)
+    with pytest.raises(AssertionError, match="exactly once"):
+        scorer.report("incomplete")
+    scorer.clear()
+    scorer.score(model, np.concatenate([windows, windows[3:4]]), 1, 8)
+    with pytest.raises(AssertionError, match="exactly once"):
+        scorer.report("twice")
+
+
+# ------------------------------------------------------------------------------ test-time training
+
+
+def ttt_losses(hp, corpus, table, runtime, random_model, tokens=None) -> torch.Tensor:
+    scorer = evaluator(hp, corpus, table, runtime, tokens)
+    scorer.run_ttt(random_model(hp), 2)
+    return scorer.losses[:-1]
+
+
+STRONG = {"ttt_lr": 0.05, "ttt_epochs": 2, "ttt_chunk_tokens": 100}
+
+
+def test_ttt_scores_before_it_learns(corpus, table, tiny, runtime, random_model):
+    """Tokens from p on are changed: every loss before p is bit-identical, later ones differ."""
+    hp = tiny(**STRONG)
+    tokens = corpus.val_tokens[:330]
+    losses = ttt_losses(hp, corpus, table, runtime, random_model, tokens)
+    for p in (1, 101, 150, 329):
+        changed = tokens.copy()
+        changed[p:] = 4 + (changed[p:] + 5) % 300
+        other = ttt_losses(hp, corpus, table, runtime, random_model, changed)
+        assert torch.equal(other[: p - 1], losses[: p - 1]), p
+        assert (other[p - 1 :] != losses[p - 1 :]).float().mean() > 0.9
+
+
+def test_what_ttt_learns_shows_in_the_chunks_after_it(corpus, table, tiny, runtime, random_model):
+    """One changed token of chunk 2 moves losses of later chunks that do not see it."""
+    hp = tiny(**STRONG)
+    tokens = corpus.val_tokens[:330]
+    changed = tokens.copy()
+    changed[120] = 4 + (changed[120] + 5) % 300
+    pair = [ttt_losses(hp, corpus, table, runtime, random_model, t) for t in (tokens, changed)]
+    differs = pair[0] != pair[1]
+    assert not differs[:119].any()
+    assert differs[119]
+    assert not differs[119 + 33 : 200].any(), "beyond the window, before the update"
+    assert differs[200:].float().mean() > 0.9, "after the update"
+
+
+def test_ttt_learns(corpus, table, tiny, runtime, random_model):
+    hp = tiny(ttt_lr=0.05)
+    scorer = evaluator(hp, corpus, table, runtime)
+    model = random_model(hp)
+    scorer.run("sliding", model, hp.eval_stride, 2)
+    scorer.run_ttt(model, 2)
+    before, after = (
+        float(pairs["val_loss"]) for name, pairs in scorer.log.events if "val_loss" in pairs
+    )
+    assert after < before - 0.1
+    assert scorer.log.events[-1][0] == "legal_ttt_exact"
+
+
+@pytest.mark.parametrize("changes", [{"ttt_epochs": 0}, {"ttt_lr": 0.0}])
+def test_ttt_that_learns_nothing_is_sliding(corpus, table, tiny, runtime, random_model, changes):
+    """Chunks that are a multiple of the stride: the same windows, the same losses."""
+    hp = tiny(ttt_chunk_tokens=64, **changes)
+    scorer = evaluator(hp, corpus, table, runtime)
+    scorer.run("sliding", random_model(hp), hp.eval_stride, 2)
+    losses = ttt_losses(hp, corpus, table, runtime, random_model)
+    torch.testing.assert_close(losses, scorer.losses[:-1], rtol=1e-5, atol=1e-5)
+
+
+def ttt_reference(model: GPT, hp: Hyperparameters, tokens: np.ndarray) -> list[torch.Tensor]:
+    """The model's parameters after each chunk, by SPEC: SGD with momentum, cosine, clip, epochs."""
+    T, targets = hp.train_seq_len, len(tokens) - 1
+    ids = torch.from_numpy(tokens.astype(np.int32))
+    parameters = [p for p in model.parameters() if p.numel()]
+    velocity = [torch.zeros_like(p) for p in parameters]
+    chunks = [range(at, min(at + hp.ttt_chunk_tokens, targets))
+              for at in range(0, targets, hp.ttt_chunk_tokens)]  # fmt: skip
+    states = []
+    for number, chunk in enumerate(chunks[:-1]):
+        lr = hp.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
+        rows = [ids[s : s + T + 1] for s in range(chunk.start, chunk.stop - T + 1, T)]
+        for _ in range(hp.ttt_epochs):
+            for at in range(0, len(rows), hp.ttt_batch_seqs):
+                batch = torch.stack(rows[at : at + hp.ttt_batch_seqs])
+                loss = model(batch[:, :-1], batch[:, 1:], 2)[0].mean()
+                grads = torch.autograd.grad(loss, parameters)
+                norm = torch.stack([g.norm() for g in grads]).norm()
+                factor = min(1.0, hp.ttt_grad_clip / (float(norm) + 1e-6))
+                with torch.no_grad():
+                    for p, v, g in zip(parameters, velocity, grads, strict=True):
+                        v.mul_(hp.ttt_momentum).add_(g, alpha=factor)
+                        p.sub_(v, alpha=lr)
+        states.append(torch.cat([p.detach().flatten() for p in parameters]))
+    return states
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e6])
+def test_ttt_is_sgd_over_the_scored_chunks(corpus, table, tiny, runtime, random_model, clip):
+    """Against a plain loop; micro-batches and the flat buffer change nothing."""
+    hp = tiny(
+        ttt_lr=0.01, ttt_epochs=2, ttt_chunk_tokens=200, ttt_batch_seqs=4, ttt_grad_clip=clip,
+        micro_batch_tokens=96,
+    )  # fmt: skip
+    tokens = corpus.val_tokens[:430]
+    model = random_model(hp)
+    evaluator(hp, corpus, table, runtime, tokens).run_ttt(model, 2)
+    result = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = torch.cat([p.detach().flatten() for p in random_model(hp).parameters()])
+    expected = ttt_reference(random_model(hp), hp, tokens)[-1]
+    assert (expected - start).norm() > 0.01
+    assert (result - expected).norm() < 1e-3 * (expected - start).norm()
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+def scores_on_a_rank(runtime: Runtime, hp, weights, table, tokens, chunks) -> list[tuple]:
+    """Sliding, then TTT with each chunk size."""
+    results = []
+    for chunk in chunks:
+        model = GPT(hp)
+        flat = FlatParameters(model)
+        flat.data.copy_(torch.from_numpy(weights))
+        scorer = Evaluator(tokens, table, replace(hp, ttt_chunk_tokens=chunk), runtime, Lines())
+        if chunk == chunks[0]:
+            scorer.run("sliding", model, hp.eval_stride, 2)
+            results.append(scorer.losses[:-1].numpy().copy())
+        scorer.run_ttt(model, 2)
+        results.append(scorer.losses[:-1].numpy().copy())
+    return results
+
+
+def test_ranks_agree_and_no_chunk_size_deadlocks(
+    corpus, table, tiny, runtime, random_model, on_ranks
+):
+    """Fewer windows or sequences than ranks, chunks shorter than a window, a last one of 1."""
+    hp = tiny(ttt_lr=0.02, ttt_epochs=1, ttt_batch_seqs=3)
+    weights = FlatParameters(random_model(hp)).data.numpy()
+    tokens, chunks = corpus.val_tokens[:142], (64, 35, 13, 70)
+    arguments = (hp, weights, table, tokens, chunks)
+    alone = scores_on_a_rank(runtime, *arguments)
+    for world_size in (2, 3):
+        for results in on_ranks(world_size, scores_on_a_rank, *arguments):
+            for own, expected in zip(results, alone, strict=True):
+                np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
