@@ -255,8 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("folder", type=Path, metavar="DIR", help="folder of fineweb_{train,val}_*.bin")
     add("--tokenizer", type=Path, help="SentencePiece model (default: the one found with DIR)")
     add("--vocab-size", type=int, default=1024, help="pieces of the tokenizer")
-    add("--overlap", action=argparse.BooleanOptionalAction, default=True,
-        help="look for validation text in the training text")  # fmt: skip
+    add(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look for validation text in the training text",
+    )
     add("--workers", type=int, default=usable_cores(), help="processes")
     try:
         inspect(parser.parse_args(argv))

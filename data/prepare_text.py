@@ -44,25 +44,45 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT",
-        help="*.txt, *.md or *.jsonl, also .gz, .xz or .zst; - is standard input")  # fmt: skip
+    add(
+        "inputs",
+        nargs="*",
+        type=Path,
+        metavar="INPUT",
+        help="*.txt, *.md or *.jsonl, also .gz, .xz or .zst; - is standard input",
+    )
     add("--source", choices=("files", *SOURCES), default="files", help="where documents come from")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace the shards that DIR holds")
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model; none: train one")
     add("--vocab-size", type=int, default=1024, help="pieces of the tokenizer")
-    add("--normalization", choices=("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"),
-        help="of a tokenizer to train; identity loses nothing (default: nmt_nfkc)")  # fmt: skip
-    add("--allow-unknown", action="store_true",
-        help="take a tokenizer without byte fallback: characters are lost")  # fmt: skip
+    add(
+        "--normalization",
+        choices=("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"),
+        help="of a tokenizer to train; identity loses nothing (default: nmt_nfkc)",
+    )
+    add(
+        "--allow-unknown",
+        action="store_true",
+        help="take a tokenizer without byte fallback: characters are lost",
+    )
     add(
         "--val-fraction", type=float, default=0.08, help="of the text's bytes, held out by document"
     )
-    add("--val-input", type=Path, action="append", default=[], metavar="FILE",
-        help="validation text, instead of a held-out fraction; may be repeated")  # fmt: skip
+    add(
+        "--val-input",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="validation text, instead of a held-out fraction; may be repeated",
+    )
     add("--text-key", default="text", help="field of a JSON line that holds the text")
-    add("--separator", help="text between the documents of a plain file; \\n is a line break "
-        "(default: the file is one document)")  # fmt: skip
+    add(
+        "--separator",
+        help="text between the documents of a plain file; \\n is a line break "
+        "(default: the file is one document)",
+    )
     add("--stdin-format", choices=("plain", "jsonl"), default="plain", help="of standard input")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens of a shard")
     add("--seed", type=int, default=1337, help="chooses the documents to hold out")
@@ -144,6 +164,19 @@ def request_of(args: argparse.Namespace, inputs: Any, held_out: TextFiles) -> di
     }
 
 
+def intact_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of `folder`; None if there is none or a file is not as it says."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        for file in (manifest["tokenizer"], *shards):
+            if (folder / file["file"]).stat().st_size != file["bytes"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if "request" in manifest else None
+
+
 def finished_before(
     output: Path, request: dict[str, Any], overwrite: bool
 ) -> dict[str, Any] | None:
@@ -160,18 +193,9 @@ def finished_before(
         raise UserError(
             f"--output {output} holds {foreign[0]!r}, no token shard: choose another folder"
         )
-    try:
-        manifest = json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))
-        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-        same = manifest["request"] == request and None not in (
-            request["inputs"],
-            request["val_inputs"],
-        )
-        for shard in shards if same else []:
-            same &= (output / shard["file"]).stat().st_size == shard["bytes"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        same = False
-    if same:
+    manifest = intact_manifest(output)
+    repeatable = None not in (request["inputs"], request["val_inputs"])
+    if manifest and repeatable and manifest["request"] == request:
         return manifest
     if not overwrite:
         raise UserError(
@@ -201,11 +225,10 @@ def report(manifest: dict[str, Any]) -> str:
     """The manifest as a table for people."""
     rows = []
     for name, split in manifest["splits"].items():
-        rate = split["text_bytes"] / 1e6 / max(split["seconds"], 1e-9)
         rows.append(
             f"{name:5} {split['documents']:>11,} documents {split['text_bytes']:>15,} bytes "
             f"{split['tokens']:>14,} tokens, {split['text_bytes'] / split['tokens']:.4f} bytes per "
-            f"token, {split['seconds']:.1f} s, {rate:.1f} MB/s, fingerprint {split['fingerprint']}"
+            f"token, fingerprint {split['fingerprint']}"
         )
     for name, split in manifest["splits"].items():
         if split["unknown_tokens"]:
@@ -238,7 +261,6 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, stop)
     try:
         args = parse_arguments(argv)
         print(report(prepare(args)))
@@ -260,4 +282,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -31,8 +31,10 @@ class Progress:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        clear = "\r\033[K" if self.terminal else ""
+        rate = f"{self.done_bytes / 1e6:,.1f} MB, {self.bytes_per_second / 1e6:.1f} MB/s"
+        end = f"{self.what}: {rate} in {self.seconds:.1f} s\n" if kind is None else ""
+        print(clear + end, end="", file=sys.stderr, flush=True)
 
     def resume(self, done_bytes: int) -> None:
         """Counts from `done_bytes`, which earlier runs did and the rate leaves out."""

@@ -383,6 +383,7 @@ def die_preparing(event, signal_number, arguments):
     torch.set_num_threads(
         1
     )  # a forked process has none of its parent's threads, and waits for them
+    signal.signal(signal.SIGTERM, prepare_text.stop)
     die_at(event, signal_number)
     os._exit(prepare_text.main(arguments))
 
@@ -519,6 +520,27 @@ def test_overlap_equals_brute_force(tmp_path, monkeypatch, block_tokens, shard_t
     owners = [i for i, d in enumerate(val) for _ in runs([d], 50)]
     assert index.owners.tolist() == owners
     assert 21 <= sum(expected) < len(expected)
+
+
+def test_a_sample_of_shingles_is_the_same_on_both_sides(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    val = [rng.integers(4, 400, 900).tolist() for _ in range(5)]
+    train = [*val[:2], rng.integers(4, 400, 900).tolist()]
+    paths = {s: write_split(tmp_path, s, d) for s, d in (("train", train), ("val", val))}
+    whole = overlap.ValidationIndex(paths["val"], BOS)
+    monkeypatch.setattr(overlap, "MAX_SHINGLES", 500)
+    index = overlap.ValidationIndex(paths["val"], BOS)
+    assert 1 < index.sample_shift < 8
+    assert set(index.shingles) == set(whole.shingles[index.sampled(whole.shingles)])
+    assert 0 < len(index.shingles) < len(whole.shingles) / 2
+    found = [
+        place
+        for block in overlap.shard_documents(paths["train"], 0, BOS)
+        for _, hashes in overlap.block_shingles(block, BOS)
+        for place in index.found(hashes[index.sampled(hashes)])
+    ]
+    copied = np.isin(index.places, found)
+    assert (copied == (index.owners < 2)).all()
 
 
 def test_inspect_says_what_is_there_and_what_is_wrong(prepare, tmp_path, capsys):
