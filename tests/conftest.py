@@ -31,6 +31,7 @@ SETTINGS = {
     "max_wallclock_seconds": None, "eval_stride": 8, "eval_batch_seqs": 16,
     "ttt_chunk_tokens": 256, "ttt_batch_seqs": 4,
 }  # fmt: skip
+SHALLOW = {"num_layers": 5, "core_start": 1, "core_end": 3, "ve_layers": "3,4"}
 
 
 # ---------------------------------------------------------------------------- text, tokens, shards

@@ -270,7 +270,7 @@ def test_every_cut_of_an_artifact_is_refused(smallest, tmp_path):
 def test_every_bit_flip_of_an_artifact_is_refused(smallest, tmp_path):
     """The checksum of the container finds what the reader does not; nothing crashes before."""
     data, places = smallest[1], set(range(48))
-    places |= set(range(48, len(data), 11)) | set(range(len(data) - 48, len(data)))
+    places |= set(range(48, len(data), 13)) | set(range(len(data) - 48, len(data)))
     with time_limit(60):
         for place in sorted(places):
             for bit in (place % 8, (place + 3) % 8):
@@ -288,7 +288,7 @@ def test_every_bit_flip_under_a_valid_checksum_fails_cleanly_or_loads(smallest, 
     content, results = lzma.decompress(smallest[1]), []
     header_end = 8 + struct.unpack("<I", content[4:8])[0]
     with time_limit(60):
-        for place in [*range(header_end), *range(header_end, len(content), 29)]:
+        for place in [*range(header_end), *range(header_end, len(content), 37)]:
             flipped = bytearray(content)
             flipped[place] ^= 1 << (place % 5)  # the low bits make other letters and digits
             results.append(outcome(tmp_path / "a", packed(bytes(flipped))))

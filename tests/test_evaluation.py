@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import SHALLOW
 
 from train_gpt import (
     GPT,
@@ -88,7 +89,7 @@ def losses_of_own_windows(model: GPT, tokens: np.ndarray, stride: int) -> torch.
 def test_sliding_scores_are_those_of_single_windows(
     corpus, table, tiny, runtime, random_model, stride, batch
 ):
-    hp = tiny(eval_stride=stride, eval_batch_seqs=batch)
+    hp = tiny(eval_stride=stride, eval_batch_seqs=batch, **SHALLOW)
     model, tokens = random_model(hp), corpus.val_tokens[:150]
     scorer = evaluator(hp, corpus, table, runtime, tokens)
     with torch.no_grad():
@@ -102,7 +103,7 @@ def test_sliding_scores_are_those_of_single_windows(
 
 def test_bits_per_byte_are_those_of_the_text(corpus, table, tiny, runtime, random_model):
     """The sum of all losses over the length of all documents in UTF-8: no table involved."""
-    model = random_model(tiny())
+    model = random_model(tiny(**SHALLOW))
     scorer = evaluator(model.hp, corpus, table, runtime)
     scorer.run("plain", model, 32, 1)
     _, pairs = scorer.log.events[0]
@@ -114,7 +115,7 @@ def test_bits_per_byte_are_those_of_the_text(corpus, table, tiny, runtime, rando
 
 
 def test_a_report_refuses_scores_that_are_not_all_there(corpus, table, tiny, runtime, random_model):
-    model = random_model(tiny())
+    model = random_model(tiny(**SHALLOW))
     scorer = evaluator(model.hp, corpus, table, runtime)
     windows = scoring_windows(0, scorer.num_targets, 32, 8)
     scorer.score(model, windows[:-1], 1, 8)
@@ -135,7 +136,7 @@ def ttt_losses(hp, corpus, table, runtime, random_model, tokens=None) -> torch.T
     return scorer.losses[:-1]
 
 
-STRONG = {"ttt_lr": 0.05, "ttt_epochs": 2, "ttt_chunk_tokens": 100}
+STRONG = SHALLOW | {"ttt_lr": 0.05, "ttt_epochs": 2, "ttt_chunk_tokens": 100}
 
 
 def test_ttt_scores_before_it_learns(corpus, table, tiny, runtime, random_model):
@@ -166,7 +167,7 @@ def test_what_ttt_learns_shows_in_the_chunks_after_it(corpus, table, tiny, runti
 
 
 def test_ttt_learns(corpus, table, tiny, runtime, random_model):
-    hp = tiny(ttt_lr=0.05)
+    hp = tiny(ttt_lr=0.05, **SHALLOW)
     scorer = evaluator(hp, corpus, table, runtime)
     model = random_model(hp)
     scorer.run("sliding", model, hp.eval_stride, 2)
@@ -181,7 +182,7 @@ def test_ttt_learns(corpus, table, tiny, runtime, random_model):
 @pytest.mark.parametrize("changes", [{"ttt_epochs": 0}, {"ttt_lr": 0.0}])
 def test_ttt_that_learns_nothing_is_sliding(corpus, table, tiny, runtime, random_model, changes):
     """Chunks that are a multiple of the stride: the same windows, the same losses."""
-    hp = tiny(ttt_chunk_tokens=64, **changes)
+    hp = tiny(ttt_chunk_tokens=64, **SHALLOW, **changes)
     scorer = evaluator(hp, corpus, table, runtime)
     scorer.run("sliding", random_model(hp), hp.eval_stride, 2)
     losses = ttt_losses(hp, corpus, table, runtime, random_model)
@@ -220,7 +221,7 @@ def test_ttt_is_sgd_over_the_scored_chunks(corpus, table, tiny, runtime, random_
     """Against a plain loop; micro-batches and the flat buffer change nothing."""
     hp = tiny(
         ttt_lr=0.01, ttt_epochs=2, ttt_chunk_tokens=200, ttt_batch_seqs=4, ttt_grad_clip=clip,
-        micro_batch_tokens=96,
+        micro_batch_tokens=96, **SHALLOW,
     )  # fmt: skip
     tokens = corpus.val_tokens[:430]
     model = random_model(hp)
@@ -255,7 +256,7 @@ def test_ranks_agree_and_no_chunk_size_deadlocks(
     corpus, table, tiny, runtime, random_model, on_ranks
 ):
     """Fewer windows or sequences than ranks, chunks shorter than a window, a last one of 1."""
-    hp = tiny(ttt_lr=0.02, ttt_epochs=1, ttt_batch_seqs=3)
+    hp = tiny(ttt_lr=0.02, ttt_epochs=1, ttt_batch_seqs=3, **SHALLOW)
     weights = FlatParameters(random_model(hp)).data.numpy()
     tokens, chunks = corpus.val_tokens[:142], (64, 35, 13, 70)
     arguments = (hp, weights, table, tokens, chunks)

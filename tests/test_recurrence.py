@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import SHALLOW
 
 from train_gpt import (
     GPT,
@@ -220,7 +221,12 @@ def parts(name: str, t: torch.Tensor):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"per_pass_feedback": True}, {"feedback_mode": "identity"}, {"interpass_rmsnorm": True}],
+    [
+        {},
+        SHALLOW | {"per_pass_feedback": True},
+        SHALLOW | {"feedback_mode": "identity"},
+        SHALLOW | {"interpass_rmsnorm": True},
+    ],
     ids=["default", "per pass", "identity", "interpass norm"],
 )
 def test_everything_learns(tiny, runtime, changes):
@@ -240,7 +246,7 @@ def test_everything_learns(tiny, runtime, changes):
 
 def test_what_is_idle_stays_as_it_is(tiny, runtime):
     """Scales and d of passes that have not begun: bit-identical after steps with fewer passes."""
-    run = Run(tiny(per_pass_feedback=True), runtime)
+    run = Run(tiny(per_pass_feedback=True, **SHALLOW), runtime)
     module = run.model.recurrence
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     for number in range(4):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SETTINGS, write_shard
+from conftest import ROOT, SETTINGS, SHALLOW, write_shard
 
 import train_gpt
 from train_gpt import Clock, Hyperparameters, Runtime
@@ -56,7 +56,7 @@ def steps(log: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def variables(corpus) -> dict[str, str]:
     """The environment of a tiny run."""
-    settings = SETTINGS | {
+    settings = SETTINGS | SHALLOW | {
         "vocab_size": corpus.vocab_size, "warmup_steps": 4, "train_log_every": 4,
         "weight_average": "ema_swa", "swa_frac": 0.04, "ema_frac": 0.1, "ttt_lr": 0.01,
     }  # fmt: skip
@@ -80,11 +80,16 @@ def call_main(runtime, env: dict[str, str], argv: list[str], output: str) -> int
 
 @pytest.fixture(scope="module")
 def launch(on_ranks, variables, tmp_path_factory):
-    """launch(*flags, NAME=value, ...) -> Finished, in a process that has everything imported."""
+    """launch(*flags, NAME=value, ...) -> Finished, in a process that has everything imported.
 
-    def run(*argv: str, folder: Path | None = None, **changes: str) -> Finished:
+    base: the environment that is changed, a tiny run's if None.
+    """
+
+    def run(
+        *argv: str, folder: Path | None = None, base: dict | None = None, **changes: str
+    ) -> Finished:
         folder = folder or tmp_path_factory.mktemp("run") / "logs"
-        env = variables | {"OUTPUT_DIR": str(folder)} | changes
+        env = (variables if base is None else base) | {"OUTPUT_DIR": str(folder)} | changes
         output = tmp_path_factory.mktemp("output") / "printed"
         [code] = on_ranks(1, call_main, env, list(argv), str(output))
         return Finished(code, output.read_text(), folder)
@@ -149,10 +154,9 @@ def test_an_artifact_is_scored_again_with_the_same_numbers(first, launch, corpus
     """In a fresh process that is told nothing of the architecture, token by token."""
     evaluation = ("eval_stride", "eval_batch_seqs", "ttt_chunk_tokens", "ttt_batch_seqs")
     env = {name.upper(): str(SETTINGS[name]) for name in evaluation} | corpus_paths(corpus)
-    env |= {"RUN_ID": "again", "TTT_LR": "0.01", "OUTPUT_DIR": str(tmp_path)}
     flags = ["--evaluate", str(first.folder / "first.int6.xz")]
     flags += ["--token-losses", str(tmp_path / "losses.npy")]
-    again = execute([sys.executable, "train_gpt.py", *flags], env, tmp_path)
+    again = launch(*flags, base=env, RUN_ID="again", TTT_LR="0.01")
     assert again.code == 0, again.printed
     expected = first.metrics("first")
     assert again.metrics("again") == {name: expected[name] for name in METRICS[1:]}
