@@ -142,6 +142,17 @@ def random_model():
     return make
 
 
+class Lines(train_gpt.Log):
+    """A log that keeps its events."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.events = []
+
+    def event(self, name: str = "", /, **pairs) -> None:
+        self.events.append((name, pairs))
+
+
 # -------------------------------------------------------------------------------------- processes
 
 

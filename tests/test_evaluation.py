@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW
+from conftest import SHALLOW, Lines
 
 from train_gpt import (
     GPT,
     Evaluator,
     FlatParameters,
     Hyperparameters,
-    Log,
     Runtime,
     TokenBytes,
     scoring_windows,
@@ -51,17 +50,6 @@ def test_without_overlap_windows_tile_the_text():
 
 
 # ------------------------------------------------------------------------------------------ scores
-
-
-class Lines(Log):
-    """A log that keeps its events."""
-
-    def __init__(self):
-        super().__init__(None)
-        self.events = []
-
-    def event(self, name: str = "", /, **pairs) -> None:
-        self.events.append((name, pairs))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Optimization: Newton-Schulz, Muon over ranks, AdamW's groups, the plan of a step, averages."""
+"""Optimization: Newton-Schulz, Muon over ranks, AdamW, schedules, averages, the loop."""
 
 import math
 from dataclasses import replace
@@ -6,16 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import SHALLOW, Lines
 
 from train_gpt import (
     BANKS,
     GPT,
     NEWTON_SCHULZ,
+    BatchLoader,
+    Evaluator,
     FlatParameters,
     Optimizer,
     Runtime,
+    TokenBytes,
+    Trainer,
     WeightAverage,
+    find_data_shards,
     newton_schulz,
+    open_data_shard,
     parameter_group,
     plan_step,
     run_graphs,
@@ -309,3 +316,149 @@ def test_every_kind_of_average_reaches_the_exported_weights(tiny):
     assert results["ema_swa"] < min(results["ema"], results["swa"]) < 632
     short = replace(tiny(weight_average="swa"), swa_lr_scale=0.0)
     assert averaged(short, 10, float).result().item() == 9, "without a sample: the weights"
+
+
+# ------------------------------------------------------------------------------------ training loop
+
+
+class Observed(Trainer):
+    """A trainer that keeps the weights after each step, and what each step gave the model."""
+
+    def watch(self, step, norm):
+        super().watch(step, norm)
+        if norm is not None:
+            self.weights.append(self.flat.data.double().clone())
+
+    def accumulate(self, batch, passes, floor):
+        self.inputs.append((passes, floor is not None))
+        return super().accumulate(batch, passes, floor)
+
+
+@pytest.fixture
+def trainer(corpus, tiny, runtime):
+    """trainer(name=value, ...) -> a trainer of a shallow model on the corpus."""
+
+    def make(**changes) -> Observed:
+        hp = tiny(**(SHALLOW | {"train_log_every": 4} | changes))
+        shards = [open_data_shard(p) for p in find_data_shards(corpus.data_path, "train")]
+        table = TokenBytes(corpus.tokenizer, runtime.device)
+        evaluator = Evaluator(corpus.val_tokens[:100], table, hp, runtime, Lines())
+        torch.manual_seed(hp.seed)
+        made = Observed(GPT(hp), BatchLoader(shards, hp, runtime), evaluator)
+        made.weights, made.inputs = [], []
+        return made
+
+    return make
+
+
+def test_each_step_follows_the_plan(trainer):
+    """Passes and QAT as planned, lr 0 moves nothing, and the log says what ran."""
+    one = trainer(iterations=20, weight_average="none")
+    one.train()
+    plan = [plan_step(one.hp, s, s / 20) for s in range(20)]
+    assert one.inputs == [(p.num_passes, p.qat) for p in plan]
+    assert {p.qat for p in plan} == {False, True}
+    events = [name for name, _ in one.log.events]
+    assert [events.count(name) for name in ("progressive_passes", "late_qat", "stop")] == [3, 1, 1]
+    logged = [pairs for name, pairs in one.log.events if "train_loss" in pairs]
+    assert [pairs["step"] for pairs in logged] == [f"{s}/20" for s in (1, 4, 8, 10, 12, 16, 20)]
+    assert logged[-1]["residual_scale"] == one.model.recurrence.residual_scale.tolist()
+
+
+def test_qat_reaches_the_model(trainer):
+    """A step under QAT differs from the same step without it."""
+    plain, quantized = trainer(), trainer()
+    batch, floor = plain.loader.batch(0), torch.tensor(0.02)
+    with torch.no_grad():
+        for t in (plain, quantized):
+            t.flat.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    plain.accumulate(batch, 2, None)
+    quantized.accumulate(batch, 2, floor)
+    assert (plain.flat.grad - quantized.flat.grad).norm() > 1e-4 * plain.flat.grad.norm()
+
+
+def test_gradients_are_of_the_mean_loss_and_proxy_however_the_batch_is_cut(trainer, random_model):
+    """Micro-batches of 1, 3 and 8 sequences; the sums for the log are those of the batch."""
+    results, model = [], random_model(trainer().hp)
+    with torch.no_grad():
+        model.mlp_scale[1:3] *= 10  # an expanding core
+    for micro_batch_tokens in (32, 96, 256):
+        one = trainer(micro_batch_tokens=micro_batch_tokens, jacobian_proxy_weight=3.0)
+        one.model.load_state_dict(model.state_dict())
+        batch = one.loader.batch(0)
+        results.append((one.accumulate(batch, 3, None), one.model))
+    losses, stability = model(batch[:, :-1], batch[:, 1:], 3)
+    proxy = stability.jacobian_proxy.mean()
+    assert proxy > 0.01, "the proxy is part of this"
+    (losses.mean() + 3.0 * proxy).backward()
+    for sums, other in results:
+        for name, p in other.named_parameters():
+            expected = model.get_parameter(name).grad
+            assert (p.grad - expected).norm() < 1e-4 * expected.norm() + 1e-7, name
+        assert sums[0].item() == pytest.approx(losses.sum().item(), rel=1e-5)
+        assert sums[2].item() == pytest.approx(8 * proxy.item(), rel=1e-4)
+        ratios = sums[3:].view(3, 3) / 8
+        torch.testing.assert_close(ratios, torch.stack(stability[1:]), rtol=1e-4, atol=1e-5)
+
+
+def expected_average(kind: str, hp, start, weights: list) -> torch.Tensor:
+    """The average of the weights after each step, in float64, by its definition."""
+    n = len(weights)
+    ema, averages = start, []
+    for step, w in enumerate(weights):
+        keep = math.exp(-1 / n / hp.ema_frac) if step else 1.0
+        ema = keep * ema + (1 - keep) * w
+        averages.append(ema if kind == "ema_swa" else w)
+    if kind in ("none", "ema"):
+        return weights[-1] if kind == "none" else ema
+    last, samples = -1.0, []
+    for step in range(n):
+        late = plan_step(hp, step, step / n).lr_scale < hp.swa_lr_scale
+        if late and step / n - last >= hp.swa_frac:
+            last = step / n
+            samples.append(averages[step])
+    assert len(samples) > 1
+    return torch.stack(samples).mean(0)
+
+
+@pytest.mark.parametrize("kind", ["none", "ema", "swa", "ema_swa"])
+def test_the_average_is_what_training_leaves_to_export(trainer, kind):
+    one = trainer(iterations=20, weight_average=kind, ema_frac=0.2, swa_frac=0.09, swa_lr_scale=0.9)
+    start = one.flat.data.double().clone()
+    one.train()
+    result, expected = one.flat.data.double(), expected_average(kind, one.hp, start, one.weights)
+    assert (result - expected).norm() < 1e-5 * expected.norm()
+    if kind != "none":
+        assert (result - one.weights[-1]).norm() > 1e-3 * expected.norm()
+
+
+def test_validation_and_warm_up_change_nothing(trainer):
+    """The weights are bit-identical; validations are scored and the clock is not charged."""
+    plain, other = trainer(iterations=8), trainer(iterations=8, val_loss_every=3, warmup_steps=5)
+    plain.train()
+    state, weights = torch.get_rng_state(), other.flat.data.clone()
+    other.warm_up()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(other.flat.data, weights)
+    assert other.flat.grad.count_nonzero() == 0
+    assert set(other.inputs) == set(run_graphs(other.hp))
+    other.train()
+    assert torch.equal(plain.flat.data, other.flat.data)
+    validations = [pairs for name, pairs in other.log.events if name == "validation"]
+    assert [pairs["step"] for pairs in validations] == [3, 6]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step(trainer):
+    one = trainer(iterations=8)
+    inner = one.accumulate
+
+    def poisoned(batch, passes, floor):
+        sums = inner(batch, passes, floor)
+        if len(one.inputs) == 5:
+            one.flat.grad[7] = math.nan
+        return sums
+
+    one.accumulate = poisoned
+    with pytest.raises(FloatingPointError, match=r"step 5: .*lower"):
+        one.train()
+    assert len(one.inputs) == 5
