@@ -73,7 +73,9 @@ if [ -e "$pid_file" ] && kill -0 "$(cat "$pid_file")" 2>/dev/null; then
     fail "$output is in use by process $(cat "$pid_file"): wait for it, or choose another --output"
 fi
 echo $$ >"$pid_file"
+child=""
 trap 'rm -f "$pid_file"' EXIT
+trap '[ -z "$child" ] || kill "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 script=$output/train_gpt.py new=$output/new/train_gpt.py
 "$python" scripts/minify.py -o "$new" ${minify_flags[@]+"${minify_flags[@]}"}
@@ -98,7 +100,10 @@ for seed in $seeds; do
     fi
     echo "seed $seed: $nproc process(es), log $output/running/$run.txt"
     SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running "$python" -m torch.distributed.run \
-        --standalone --nproc_per_node="$nproc" "$script" "$@"
+        --standalone --nproc_per_node="$nproc" "$script" "$@" &
+    child=$! # in the background, so that a signal to this script reaches it at once
+    wait "$child" || fail "seed $seed: the run ended with an error; the same command runs it again"
+    child=""
     "$python" scripts/inspect_logs.py "$output/running/$run.txt" --require-complete >/dev/null ||
         fail "seed $seed: its log is incomplete and stays in $output/running"
     mv "$output/running/$run.int6.xz" "$output/$run.int6.xz"
