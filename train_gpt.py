@@ -1572,7 +1572,8 @@ class Evaluator:
     ) -> None:
         """Epochs of SGD over the whole windows of a scored chunk; ranks share each batch."""
         hp, T = self.hp, self.hp.train_seq_len
-        starts = torch.arange(targets.start, targets.stop - T + 1, T, device=self.tokens.device)
+        whole = range(targets.start, targets.stop - T + 1, T)  # none in a chunk below T tokens
+        starts = torch.tensor(whole, dtype=torch.int64, device=self.tokens.device)
         for batch in list(starts.split(hp.ttt_batch_seqs)) * hp.ttt_epochs:
             mine = batch[self.runtime.share(len(batch))]
             for part in micro_batches(mine, hp):
