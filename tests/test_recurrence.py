@@ -1,5 +1,6 @@
 """The recurrence: its equations, growth without a jump, and that all of it learns."""
 
+import copy
 import math
 
 import pytest
@@ -110,6 +111,30 @@ def test_the_proxy_of_contractive_and_expanding_cores(tiny, gain, expected):
     proxy = module(h, linear_core(32, gain), 3, plain)[1].jacobian_proxy
     torch.testing.assert_close(proxy, torch.full((2,), expected + later), rtol=1e-4, atol=1e-6)
     assert (proxy == 0).all() or gain > 1
+
+
+def test_the_proxy_has_the_gradient_of_its_definition(tiny):
+    """With respect to the state and to all parameters, against differences of the loop's J."""
+    torch.manual_seed(0)
+    module, core = Recurrence(tiny()), linear_core(32, 1.7)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p))
+    h = torch.randn(1, 5, 32, requires_grad=True)
+    places = [h, *module.parameters()]
+    module(h, core, 3, plain)[1].jacobian_proxy.sum().backward()
+    directions = [torch.randn_like(p) for p in places]
+    slope = sum((p.grad * v).sum().item() for p, v in zip(places, directions, strict=True))
+    values = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(module).double()
+        with torch.no_grad():
+            for p, v in zip(moved.parameters(), directions[1:], strict=True):
+                p.add_(v, alpha=sign * 1e-5)
+        state = h[0].detach().double() + sign * 1e-5 * directions[0][0]
+        values.append(reference(moved, state, core, 3)[1])
+    assert abs(slope) > 0.1
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3)
 
 
 def test_the_proxy_has_a_finite_gradient_where_nothing_moves(tiny):
