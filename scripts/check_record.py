@@ -153,7 +153,7 @@ def rerun(folder: Path, env: Mapping[str, str]) -> tuple[list[str], str]:
     before = {path.name for path in folder.iterdir()}
     with tempfile.TemporaryDirectory() as output:
         try:
-            run = run_trainer(script, env, Path(output))
+            run = run_trainer(script, env, Path(output), show=True)
         except RunError as error:
             return [str(error)], ""
     errors = [f"the rerun's log is missing {text}" for text in run.missing]
@@ -245,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
     for folder, found in errors.items():
         print(f"{folder.name}: {'refused' if found else 'stands'}", flush=True)
         if args.rerun and not found:
-            print("  rerun: the whole run of the demo, minutes on a CPU ...", flush=True)
+            print(f"  rerun with {args.env}:", flush=True)
             failed, text = rerun(folder, env)
             found += failed
             print(f"  {text or 'rerun: failed'}")

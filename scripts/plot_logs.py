@@ -7,7 +7,8 @@ loss.png        training loss and bpb, validation bpb, over steps and over secon
 step_time.png   milliseconds of a step over the run, and their mean by number of passes
 recurrence.png  hidden growth ratio, residual scale and feedback norm of each pass
 ttt.png         running bpb of the evaluation with test-time training
-bytes.png       bytes of code and model against the limit
+bytes.png       bytes of the code and of the model's parts against the limit; the parts are read
+                from the artifact that run_seeds.sh keeps beside the log
 
 Every seed is a line of its own; vertical lines mark where passes are added and where SWA and
 quantization-aware training start, in the first seed. A picture is drawn if a log has its data.
@@ -16,13 +17,15 @@ quantization-aware training start, in the first seed. A picture is drawn if a lo
 from __future__ import annotations
 
 import argparse
+import lzma
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from run_log import LIMIT_BYTES, LogError, Run, read_runs
+from trainer_runs import ROOT
 
 # Okabe and Ito's colours: told apart with any colour vision; styles help where colours repeat.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -216,8 +219,9 @@ def draw_recurrence(plt: Any, runs: Sequence[Run]) -> Any:
             for number, points in pass_curves(run, key, first).items():
                 if key == "growth" or number > 1:
                     passes.add(number)
-                    style = STYLES[i % len(STYLES)]
-                    axis.plot(*zip(*points, strict=True), color=colour(number), linestyle=style)
+                    style, dot = STYLES[i % len(STYLES)], "o" if len(points) == 1 else None
+                    x, y = zip(*points, strict=True)
+                    axis.plot(x, y, color=colour(number), linestyle=style, marker=dot)
         axis.set(title=title, xlabel="step", xlim=(0, 1.03 * max(run.steps or 1 for run in runs)))
         draw_marks(axis, runs[0])
     entries = {f"pass_{p}": plt.Line2D([], [], color=colour(p)) for p in sorted(passes)}
@@ -261,34 +265,78 @@ def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
     known = [run for run in runs if {"code_bytes", "model_bytes"} <= run.bytes.keys()]
     if not known:
         return None
-    figure, axis = plt.subplots(figsize=(10, 1.6 + 1.1 * len(known)), layout="constrained")
-    entries = {}
-    for i, run in enumerate(reversed(known)):
-        left = 0
-        for key, shade in (("model_bytes", COLOURS[0]), ("code_bytes", COLOURS[4])):
-            size = run.bytes[key]
-            name = key.removesuffix("_bytes")
-            entries[name] = axis.barh(i, size, left=left, color=shade, height=0.7)
+    figure, axis = plt.subplots(figsize=(11, 2 + 1.2 * len(known)), layout="constrained")
+    entries, parts = {}, {run.path: byte_parts(run) for run in known}
+    for row, run in enumerate(reversed(known)):
+        left = 0.0
+        for name, size in parts[run.path].items():
+            shade = colour(list(PART_NAMES).index(name))
+            entries[name] = axis.barh(row, size, left=left, color=shade, height=0.5)
             left += size
-        text = f"{run.bytes['model_bytes']:,} + {run.bytes['code_bytes']:,}"
-        inside = left > LIMIT_BYTES / 2
-        axis.annotate(
-            f"{text}; {LIMIT_BYTES - left:,} left",
-            (left, i),
-            xytext=(-8 if inside else 8, 0),
-            textcoords="offset points",
-            ha="right" if inside else "left",
-            va="center",
-            color="white" if inside else "black",
-        )
-    entries["limit"] = axis.axvline(LIMIT_BYTES, color=COLOURS[1])
+        model, code = run.bytes["model_bytes"], run.bytes["code_bytes"]
+        text = f"model {model:,} + code {code:,}: {LIMIT_BYTES - model - code:,} left"
+        axis.annotate(text, (0, row + 0.27), xytext=(2, 2), textcoords="offset points")
+    ordered = {name: entries[name] for name in PART_NAMES if name in entries}
+    most, label = max(sum(sizes.values()) for sizes in parts.values()), "million bytes"
+    if most > LIMIT_BYTES / 2:
+        ordered["limit"] = axis.axvline(LIMIT_BYTES, color="#555555", linestyle=(0, (2, 2)))
+        most = max(most, LIMIT_BYTES)
+    else:
+        label += f"; the limit, {LIMIT_BYTES / 1e6:g}, is far to the right"
     axis.set_yticks(range(len(known)), [f"seed {run.label}" for run in reversed(known)])
-    axis.set_xlim(0, 1.02 * LIMIT_BYTES)
-    axis.set_xlabel("million bytes")
+    axis.set(xlim=(0, 1.02 * most), ylim=(-0.4, len(known) - 0.3), xlabel=label)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
     axis.grid(axis="y", visible=False)
-    add_legend(figure, **entries)
+    add_legend(figure, **ordered)
     return figure
+
+
+# The parts of an artifact by the names of its tensors, then what is drawn without an artifact.
+PART_NAMES = {
+    "q_and_o": ("qo_bank",),
+    "k_and_v": ("kv_bank",),
+    "MLP_up": ("mlp_up_bank",),
+    "MLP_down": ("mlp_down_bank",),
+    "embedding": ("tok_emb",),
+    "all_else": (),
+    "code": (),
+    "model": (),
+}
+
+
+def byte_parts(run: Run) -> Mapping[str, float]:
+    """Bytes of the code and of each part of the model; of the whole model without the artifact.
+
+    The parts are compressed one by one and scaled to the bytes of the whole.
+    """
+    code, model = run.bytes["code_bytes"], run.bytes["model_bytes"]
+    artifact, whole = run.path.with_suffix(".int6.xz"), {"model": model, "code": code}
+    if not artifact.is_file() or artifact.stat().st_size != model:
+        return whole
+    try:
+        sizes = compressed_parts(artifact)
+    except (ImportError, ValueError):  # no torch here, or an artifact of another train_gpt.py
+        return whole
+    scale = model / sum(sizes.values())
+    return {**{name: size * scale for name, size in sizes.items()}, "code": code}
+
+
+def compressed_parts(artifact: Path) -> dict[str, int]:
+    """Compressed bytes of each part of an artifact. Raises ValueError if it cannot be read."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+
+    tensors = train_gpt.read_artifact(artifact)[1]
+    sizes = {name: train_gpt.payload_bytes({name: w.shape}) for name, w in tensors.items()}
+    payload = lzma.decompress(artifact.read_bytes())[-sum(sizes.values()) :]
+    part_of = {tensor: part for part, names in PART_NAMES.items() for tensor in names}
+    parts: dict[str, bytes] = {}
+    for tensor, size in sizes.items():
+        part = part_of.get(tensor.removesuffix(".weight"), "all_else")
+        parts[part] = parts.get(part, b"") + payload[:size]
+        payload = payload[size:]
+    filters = train_gpt.XZ_FILTERS
+    return {p: len(lzma.compress(b, lzma.FORMAT_RAW, filters=filters)) for p, b in parts.items()}
 
 
 PICTURES: dict[str, Callable[[Any, Sequence[Run]], Any]] = {

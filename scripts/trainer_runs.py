@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,26 +65,45 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 def run_script(
-    script: Path, arguments: Sequence[str], *, env: Mapping[str, str], timeout: float = 3600
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    timeout: float = 3600,
+    show: bool = False,
 ) -> str:
-    """What `script` prints when run inside its own folder. Raises RunError if it fails."""
+    """What `script` prints when run inside its own folder; `show` prints it as it comes.
+
+    Raises RunError if it fails or takes longer than `timeout` seconds.
+    """
     command = [sys.executable, "-B", script.name, *arguments]
-    try:
-        done = subprocess.run(
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
             command,
             cwd=script.parent,
             env=os.environ | dict(env),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
             errors="replace",
-            timeout=timeout,
         )
-    except subprocess.TimeoutExpired:
-        raise RunError(f"{script} was still running after {timeout:.0f} s") from None
-    if done.returncode != 0:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise RunError(f"{script} {' '.join(arguments)} ended with {done.returncode}:\n{tail}")
-    return done.stdout
+        late = threading.Timer(timeout, process.kill)
+        late.start()
+        lines = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if show and not line.startswith("config "):
+                print(f"    {line}", end="", flush=True)
+        code, in_time = process.wait(), late.is_alive()
+        late.cancel()
+        errors.seek(0)
+        output, problem = "".join(lines), errors.read()
+    if not in_time:
+        raise RunError(f"{script} was still running after {timeout:.0f} s")
+    if code != 0:
+        tail = "\n".join((output + problem).strip().splitlines()[-15:])
+        raise RunError(f"{script} {' '.join(arguments)} ended with {code}:\n{tail}")
+    return output
 
 
 def help_text(script: Path) -> str:
@@ -90,7 +111,9 @@ def help_text(script: Path) -> str:
     return run_script(script, ["--help"], env={"COLUMNS": "100"}, timeout=300)
 
 
-def run_trainer(script: Path, env: Mapping[str, str], output_dir: Path) -> Run:
+def run_trainer(
+    script: Path, env: Mapping[str, str], output_dir: Path, *, show: bool = False
+) -> Run:
     """Runs `script` to its end with the settings `env`; returns what its log says."""
-    run_script(script, [], env={**env, "OUTPUT_DIR": str(output_dir), "RUN_ID": "run"})
+    run_script(script, [], env={**env, "OUTPUT_DIR": str(output_dir), "RUN_ID": "run"}, show=show)
     return read_run(output_dir / "run.txt")

@@ -387,6 +387,12 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     with pytest.raises(trainer_runs.RunError, match="ttt val_bpb is"):
         minify.compare_runs(expected, run, shipped)
 
+    parts = plot_logs.byte_parts(run)
+    assert {"q_and_o", "k_and_v", "MLP_up", "MLP_down", "embedding", "all_else", "code"} == set(
+        parts
+    )
+    assert sum(parts.values()) == pytest.approx(run.bytes["total_bytes"])
+
     folder = packaged(output, tmp_path / "records")
     score = run.scores["ttt"].val_bpb
     assert check_record.rerun(folder, env) == (
@@ -748,3 +754,14 @@ def test_environment_files(tmp_path):
     path.write_text("iterations 6\n")
     with pytest.raises(trainer_runs.RunError, match=r"x.env:1: 'iterations 6' is not KEY=value"):
         trainer_runs.read_env_file(path)
+
+
+def test_a_script_that_hangs_or_fails_is_ended_with_its_last_words(tmp_path):
+    script = tmp_path / "x.py"
+    script.write_text(
+        "import sys, time\nprint('out')\nif sys.argv[1:]: time.sleep(60)\nsys.exit('why')"
+    )
+    with pytest.raises(trainer_runs.RunError, match=r"ended with 1:\nout\nwhy"):
+        trainer_runs.run_script(script, [], env={})
+    with pytest.raises(trainer_runs.RunError, match="still running after"):
+        trainer_runs.run_script(script, ["wait"], env={}, timeout=0.3)
