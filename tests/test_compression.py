@@ -186,7 +186,8 @@ def test_the_finest_floor_that_fits_is_found(guess):
             assert 0 <= index <= FINEST_FLOOR_INDEX
             return 100 if index <= best else 101
 
-        assert finest_fitting(size_of, guess, 100, Log(None)) == best
+        with time_limit(20):
+            assert finest_fitting(size_of, guess, 100, Log(None)) == best
         assert len(probes) == len(set(probes)) <= 50
     assert finest_fitting(lambda index: 101, guess, 100, Log(None)) is None
 
@@ -292,6 +293,7 @@ def test_every_bit_flip_under_a_valid_checksum_fails_cleanly_or_loads(smallest, 
             flipped = bytearray(content)
             flipped[place] ^= 1 << (place % 5)  # the low bits make other letters and digits
             results.append(outcome(tmp_path / "a", packed(bytes(flipped))))
+    assert "loads" not in results[:6], "magic and length are checked"
     assert "loads" in results
     assert len(set(results)) > 20
 
@@ -380,6 +382,8 @@ def with_largest_dictionary(artifact: bytes) -> bytes:
 def test_hostile_files_are_refused_without_taking_memory(smallest, on_ranks, tmp_path):
     [results] = on_ranks(1, read_hostile_files, *smallest, str(tmp_path))
     assert [name for name, result in results.items() if result == "loads"] == []
+    for name in ("huge model", "huge vocabulary", "huge hash table"):
+        assert "bytes of weights" in results[name], "refused before a byte of them is read"
     assert len(results) > 100
 
 
