@@ -61,7 +61,9 @@ class FakeHub:
         self.sent = []  # (path, first byte) of each transfer
         self.lock = threading.Lock()
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-        self.url, self.content_url = (f"http://127.0.0.1:{s.server_port}" for s in self.servers)
+        # Two host names: huggingface_hub 1.33, for one, follows redirects that stay on one.
+        ports = [server.server_port for server in self.servers]
+        self.url, self.content_url = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
         for server in self.servers:
             server.hub = self
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
