@@ -13,6 +13,7 @@ from train_gpt import (
     GPT,
     NEWTON_SCHULZ,
     BatchLoader,
+    Clock,
     Evaluator,
     FlatParameters,
     Optimizer,
@@ -462,3 +463,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step(trainer):
     with pytest.raises(FloatingPointError, match=r"step 5: .*lower"):
         one.train()
     assert len(one.inputs) == 5
+
+
+@pytest.mark.parametrize("seconds", [0.03, 0.12, 0.35])
+def test_training_ends_with_the_last_step_that_fits_the_wall_clock(
+    tiny, runtime, monkeypatch, seconds
+):
+    """Steps of equal length on a clock that is moved by hand: none ends after the cap."""
+    now = [100.0]
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
+    clock, seen = Clock(tiny(iterations=None, max_wallclock_seconds=1.0), runtime), []
+    while (progress := clock.progress(len(seen))) < 1:
+        seen.append(progress)
+        now[0] += seconds
+    assert len(seen) == int(1.0 / seconds + 1e-6)
+    begun = [seconds * step for step in range(len(seen))]
+    assert seen[2:] == pytest.approx(begun[2:]), "after the second step the progress is the time's"
+    clock = Clock(tiny(iterations=10, max_wallclock_seconds=1e6), runtime)
+    assert [clock.progress(step) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT, SETTINGS, SHALLOW, write_shard
 
 import train_gpt
-from train_gpt import Clock, Hyperparameters, Runtime
+from train_gpt import Clock, Hyperparameters, Log, Runtime
 
 METRICS = (
     "pre_quant_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact",
@@ -229,6 +230,24 @@ def test_the_log_keeps_its_grammar_and_says_what_ran(first, variables):
     assert len(last["residual_scale"].split(",")) == 2
     assert float(last["feedback_norm"].split(",")[2]) > 0
     assert all(line in first.printed for line in lines)
+
+
+def test_no_value_breaks_a_line_of_the_log(tmp_path, capsys):
+    log, values = (
+        Log(tmp_path / "a" / "x.txt"),
+        ["a b", "tab\there", "two\nlines", "", None, "100%"],
+    )
+    for value in values:
+        log.event("config", name="n", value=value, more=(1, 2.5))
+    lines = (tmp_path / "a" / "x.txt").read_text().splitlines()
+    assert len(lines) == len(values)
+    assert capsys.readouterr().out.splitlines() == lines
+    for line, value in zip(lines, values, strict=True):
+        words = line.split(" ")
+        assert [words[0], words[1], words[3]] == ["config", "name:n", "more:1,2.5"]
+        assert all(PAIR.fullmatch(word) for word in words[1:])
+        if isinstance(value, str) and value:
+            assert unquote(words[2].removeprefix("value:")) == value
 
 
 # ------------------------------------------------------------------------------------------- limits
