@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 from run_log import Run, read_run
 
-import train_gpt
+sys.path.append(str(Path(__file__).parents[1]))
+import train_gpt  # noqa: E402
 
 
 def tokens_of(run: Run, split: str) -> np.ndarray:
