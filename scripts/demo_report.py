@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
 from run_log import Run, read_run
 
 sys.path.append(str(Path(__file__).parents[1]))
-import train_gpt  # noqa: E402
+import train_gpt
 
 
 def tokens_of(run: Run, split: str) -> np.ndarray:
