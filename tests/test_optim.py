@@ -449,6 +449,20 @@ def test_validation_and_warm_up_change_nothing(trainer):
     assert [pairs["step"] for pairs in validations] == [3, 6]
 
 
+def test_validation_is_not_charged_to_the_clock(trainer, monkeypatch):
+    now, one = [100.0], trainer()
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
+
+    def fifty_seconds(*_, **__) -> None:
+        now[0] += 50
+
+    one.evaluator.run, clock = fifty_seconds, Clock(one.hp, one.runtime)
+    now[0] += 2
+    one.validate(1, 1, clock)
+    assert now[0] == 152
+    assert clock.elapsed() == 2
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step(trainer):
     one = trainer(iterations=8)
     inner = one.accumulate
