@@ -637,8 +637,11 @@ def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path):
             packaged(source, records, **changes)
         return str(error.value)
 
-    assert "for runs on FineWeb" not in refusal(figures=[tmp_path / "x.png"])
+    assert "figures are .png" in refusal(figures=[tmp_path / "x.png"])
     assert "figures are .png" in refusal(figures=[source / "train_gpt.py"])
+    (source / "train_gpt.py").write_text(SCRIPT_TEXT + "#")
+    assert "made by another script" in refusal()
+    (source / "train_gpt.py").write_text(SCRIPT_TEXT)
     edit("train_seed2.log", "final_int6_sliding_window_exact", "x")(source)
     assert "the sliding score" in refusal()
     for path in source.glob("*.log"):
