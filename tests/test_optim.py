@@ -424,7 +424,7 @@ def expected_average(kind: str, hp, start, weights: list) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["none", "ema", "swa", "ema_swa"])
 def test_the_average_is_what_training_leaves_to_export(trainer, kind):
-    one = trainer(iterations=20, weight_average=kind, ema_frac=0.2, swa_frac=0.09, swa_lr_scale=0.9)
+    one = trainer(iterations=12, weight_average=kind, ema_frac=0.2, swa_frac=0.09, swa_lr_scale=0.9)
     start = one.flat.data.double().clone()
     one.train()
     result, expected = one.flat.data.double(), expected_average(kind, one.hp, start, one.weights)

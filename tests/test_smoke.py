@@ -280,13 +280,13 @@ def test_a_limit_between_is_met(launch, first):
 def test_the_wall_clock_ends_the_run_and_drives_its_schedules(launch):
     done = launch(
         "--no-ttt-enabled", "--no-sliding-eval", RUN_ID="clock", ITERATIONS="none",
-        MAX_WALLCLOCK_SECONDS="3", TRAIN_LOG_EVERY="1",
+        MAX_WALLCLOCK_SECONDS="2", TRAIN_LOG_EVERY="1",
     )  # fmt: skip
     assert done.code == 0, done.printed
     log = done.log("clock")
     stop = re.search(r"^stop step:(\d+) train_time:(\d+)ms", log, re.MULTILINE)
     assert int(stop[1]) > 3
-    assert 1000 < int(stop[2]) < 4500
+    assert 500 < int(stop[2]) < 4000
     scales = [float(step["lr_scale"]) for step in steps(log)]
     assert scales[0] == 1
     assert scales == sorted(scales, reverse=True)
