@@ -8,6 +8,4 @@ install tests/requirements.txt
 ruff check .
 ruff format --check .
 python -m pytest "$@"
-for record in records/*/*/; do
-  [ ! -d "$record" ] || python scripts/check_record.py "$record"
-done
+python scripts/check_record.py --all
