@@ -183,13 +183,13 @@ def test_two_ranks_agree_with_one(first, variables, tmp_path_factory):
     assert two.code == 0, two.printed
     for alone, shared in zip(steps(first.log("first")), steps(two.log("two")), strict=True):
         assert alone.keys() == shared.keys()
-        assert float(alone["train_loss"]) == pytest.approx(float(shared["train_loss"]), abs=2e-3)
-        assert float(alone["grad_norm"]) == pytest.approx(float(shared["grad_norm"]), rel=2e-2)
+        assert float(alone["train_loss"]) == pytest.approx(float(shared["train_loss"]), abs=5e-4)
+        assert float(alone["grad_norm"]) == pytest.approx(float(shared["grad_norm"]), rel=5e-3)
         assert [alone[k] for k in ("step", "passes", "qat")] == [
             shared[k] for k in ("step", "passes", "qat")
         ]
     for name, (loss, _) in first.metrics("first").items():
-        assert float(two.metrics("two")[name][0]) == pytest.approx(float(loss), abs=5e-3), name
+        assert float(two.metrics("two")[name][0]) == pytest.approx(float(loss), abs=5e-4), name
     assert two.log("two").count("\nlegal_ttt_exact ") == 1, "one writer"
 
 
