@@ -1229,7 +1229,8 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     """progress: from 0 to 1, the larger of step / iterations and elapsed / wall-clock cap."""
     reached = [n for start, n in hp.growth if (progress if start % 1 else step) >= start]
     lr_scale = min(1.0, max(0.0, 1 - progress) / max(hp.warmdown_frac, 1e-9))
-    warm = min(1.0, progress / max(hp.muon_momentum_warmup_frac, 1e-9))
+    rise = hp.muon_momentum_warmup_frac
+    warm = min(1.0, progress / rise) if rise else 1.0
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
     return StepPlan(reached[-1], qat, swa, lr_scale, momentum)
@@ -1902,7 +1903,8 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> None:
     stamp = time.strftime("%Y%m%d_%H%M%S")
     run_id = runtime.from_main(hp.run_id or f"{stamp}_seed{hp.seed}")
     folder, losses = Path(hp.output_dir), Path(hp.token_losses or "losses.npy")
-    require(losses.parent.is_dir(), f"token_losses={losses}: no such folder: create it first")
+    text = f"token_losses={losses} must be a file in a folder that exists"
+    require(losses.parent.is_dir() and not losses.is_dir(), f"{text}: choose another path")
     if hp.evaluate:
         hp = adopt(hp, read_artifact(Path(hp.evaluate))[0])
         sources |= dict.fromkeys(hp.architecture(), "artifact")
