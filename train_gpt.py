@@ -39,6 +39,7 @@ import platform
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -1601,13 +1602,15 @@ class Clock:
 
     What rank 0 knows when a step begins is shared while that step runs and used for the next, so
     that no host waits for another. The time at which the next step will begin and end is
-    extrapolated: training stops before a step that would end after the cap.
+    extrapolated: training stops before a step that would end after the cap, were it as slow as the
+    slowest of the last ones.
     """
 
     def __init__(self, hp: Hyperparameters, runtime: Runtime) -> None:
         self.hp, self.runtime, self.work = hp, runtime, None
         self.ahead = 2 if runtime.device.type == "cuda" else 1  # steps from now to the next's start
         self.shared = torch.zeros(2, dtype=torch.float64)  # progress by time; whether to stop
+        self.recent = deque([0.0], maxlen=16)  # seconds of the last steps
         runtime.barrier()
         self.started = self.last = time.perf_counter()
 
@@ -1636,7 +1639,8 @@ class Clock:
         step_seconds, self.last = now - self.last, now
         if cap is not None:
             begin = self.elapsed() + self.ahead * step_seconds
-            facts = [min(begin / cap, 1.0), float(begin + step_seconds > cap)]
+            self.recent.append(step_seconds)
+            facts = [min(begin / cap, 1.0), float(begin + max(self.recent) > cap)]
             self.shared = torch.tensor(facts, dtype=torch.float64) * self.runtime.is_main
             if self.runtime.world_size > 1:
                 self.work = dist.all_reduce(self.shared, async_op=True)
