@@ -118,13 +118,25 @@ def test_fake_quantization_is_the_export_bit_for_bit(tiny, random_model):
 
 @pytest.mark.parametrize(("scope", "layers"), [("core", range(4, 7)), ("all", range(11))])
 def test_qat_quantizes_the_matrices_of_its_scope(tiny, random_model, scope, layers):
-    model = random_model(tiny(qat_scope=scope))
-    floor = torch.tensor(1 / 31)
-    pairs = zip(model.layers(floor), model.layers(None), strict=True)
-    for i, (with_qat, without) in enumerate(pairs):
-        for name in ("q", "k", "v", "out", "mlp_up", "mlp_down"):
-            w, plain = getattr(with_qat, name), getattr(without, name)
-            assert torch.equal(w, fake_quantize(plain, floor) if i in layers else plain)
+    model, L = random_model(tiny(qat_scope=scope)), 11
+    floor, p = torch.tensor(1 / 31), dict(model.named_parameters())
+    for i, (with_qat, without) in enumerate(
+        zip(model.layers(floor), model.layers(None), strict=True)
+    ):
+        for result, quantized in ((without, False), (with_qat, i in layers)):
+
+            def row(bank, at, quantized=quantized):
+                return fake_quantize(p[bank][at], floor) if quantized else p[bank][at]
+
+            q, k, v = row("qo_bank", i), row("kv_bank", i), row("kv_bank", L + i)
+            expected = {
+                "qkv": (i + 1) ** -0.5 * torch.cat([q, k, v]),
+                "out": p["attn_scale"][i, :, None] * row("qo_bank", L + i),
+                "mlp_up": (i + 1) ** -0.5 * row("mlp_up_bank", i),
+                "mlp_down": p["mlp_scale"][i, :, None] * row("mlp_down_bank", i),
+            }
+            for name, w in expected.items():
+                torch.testing.assert_close(getattr(result, name), w, rtol=1e-6, atol=0)
 
 
 # ------------------------------------------------------------------------------------------ payload

@@ -35,7 +35,19 @@ def test_the_reference_launch_is_the_default():
         "--feedback-mode diagonal --feedback-rank 2 --residual-scale-init 0.5 "
         "--jacobian-proxy-weight 0.01 --no-interpass-rmsnorm"
     )
-    assert read_configuration({}, launch.split())[0] == Hyperparameters()
+    assert read_configuration({"WORLD_SIZE": "8"}, launch.split())[0] == Hyperparameters()
+
+
+def test_a_process_takes_98304_tokens_a_step_unless_told_otherwise():
+    """SPEC's 786,432 on 8 GPUs; whole windows, and at least one."""
+    for env, tokens in (
+        ({}, 98_304),
+        ({"WORLD_SIZE": "3"}, 294_912),
+        ({"WORLD_SIZE": "8", "TRAIN_SEQ_LEN": "1000"}, 786_000),
+        ({"TRAIN_SEQ_LEN": "100000", "MICRO_BATCH_TOKENS": "100000"}, 100_000),
+        ({"WORLD_SIZE": "8", "TRAIN_BATCH_TOKENS": "4096"}, 4096),
+    ):
+        assert read_configuration(env, [])[0].train_batch_tokens == tokens
 
 
 @pytest.mark.parametrize(
