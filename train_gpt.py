@@ -44,6 +44,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -68,6 +69,11 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
 # Quintic iteration whose slope at 0 is as steep as it can be while singular values stay within
 # about [0.7, 1.2] (Jordan et al., Muon, 2024). Fast convergence matters here, exactness does not.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+# A momentum of 0.99 averages 100 steps, too many for a short run: bits per byte after 50 s of one
+# H100 (543 steps) 1.4285 with 0.99, 1.3848 with 0.95; with level rows 1.4082, 1.3657, 0.90: 1.3635.
+# So its horizon is a fraction of the run, down to this momentum (a lower one was not tried).
+SHORT_MOMENTUM = 0.85
 
 # Clip candidates of GPTQ-lite, as quantiles of a row's |w|; 1.0 (no clipping) is always among them.
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -174,6 +180,8 @@ class Hyperparameters:
     muon_momentum: float = opt(0.99, "0..1", "Muon's momentum")
     muon_momentum_warmup_start: float = opt(0.92, "0..1", "Muon's first momentum")
     muon_momentum_warmup_frac: float = opt(0.237, "0..1", "its rise (1,500 of 6,330 steps)")
+    muon_momentum_frac: float = opt(0.0158, ">0", "its longest horizon (0.99 in 6,330 steps)")
+    muon_row_norm: bool = opt(True, "", "level the rows of Muon's gradient first (MuonEq-R)")
     muon_backend_steps: int = opt(5, "1..20", "Newton-Schulz iterations")
     muon_wd: float = opt(0.04, ">=0", "decoupled weight decay of the banks")
     adam_wd: float = opt(0.04, ">=0", "decoupled weight decay of tables and projections")
@@ -440,17 +448,21 @@ class Log:
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         """path: None for a process that does not write. Raises UserError."""
-        self.path, self.file, self.bar, self.since = path, None, False, time.perf_counter()
+        self.path, self.bar, self.since = path, False, time.perf_counter()
         if path is None:
             return
-        text = f"run_id: the log {path} exists and is never overwritten: choose another run_id"
-        require(resume or not path.exists(), text)
+        for kept in (path, path.with_suffix(".checkpoints")):
+            text = f"run_id: {kept} exists and is never overwritten: choose another run_id"
+            require(resume or not kept.exists(), f"{text}, or --resume")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a" if resume else "x", encoding="utf-8")
+            self.kept = path.stat().st_size  # what the run that is resumed has written
+            self.file.write("\n" * bool(self.kept))  # it may have ended within a line
         except OSError as error:
             text = f"output_dir: cannot write {path} ({error.strerror}): choose another folder"
             raise UserError(text) from None
+        self.outputs = [sys.stdout, self.file]
 
     def event(self, name: str = "", /, **pairs: Any) -> None:
         """One line; `name` is empty for the lines of single steps, as is the field's custom."""
@@ -458,21 +470,27 @@ class Log:
             return
         words = [name] if name else []
         line = " ".join(words + [f"{key}:{log_text(value)}" for key, value in pairs.items()])
-        print("\r\033[K" * self.bar + line, flush=True)
+        for output in list(self.outputs):
+            start = "\r\033[K" * (self.bar and output is sys.stdout)
+            try:
+                print(start + line, file=output, flush=True)
+            except OSError as error:  # a full disk must not end a run that is worth its GPUs
+                self.outputs.remove(output)
+                self.outputs = self.outputs or [sys.stderr]
+                with suppress(OSError):
+                    text = f"warning: {output.name} ends here ({error.strerror})"
+                    print(text, file=sys.stderr, flush=True)
         self.bar = False
-        try:
-            if self.file is not None:
-                self.file.write(line + "\n")
-                self.file.flush()
-        except OSError as error:  # a full disk must not end a run that is worth its GPUs
-            self.file = None
-            print(f"warning: {self.path} ends here ({error.strerror})", file=sys.stderr, flush=True)
 
     def discard(self) -> None:
-        """Takes the file back, after a mistake that was found before there was a run."""
-        if self.file is not None:
-            self.file.close()
-            self.path.unlink()
+        """Takes back what it wrote, after a mistake that was found before there was a run."""
+        if self.path is not None:
+            self.outputs = [sys.stdout]
+            with suppress(OSError):
+                self.file.close()
+            os.truncate(self.path, self.kept)
+            if not self.kept:
+                self.path.unlink()
 
     def progress(self, fraction: float, what: str) -> None:
         """A bar on a terminal; nothing elsewhere, where the log's lines show the progress."""
@@ -1177,7 +1195,9 @@ class Optimizer:
         rows = self.flat.shard(self.flat.data, bank, self.runtime)  # (n, rows, cols)
         buffer = self.momentum[bank].mul_(momentum).add_(grad)
         dtype = torch.bfloat16 if rows.is_cuda else torch.float32
-        update = newton_schulz(grad.add_(buffer, alpha=momentum), hp.muon_backend_steps, dtype)
+        grad = grad.add_(buffer, alpha=momentum)
+        grad = F.normalize(grad, dim=-1, eps=1e-7) if hp.muon_row_norm else grad
+        update = newton_schulz(grad, hp.muon_backend_steps, dtype)
         shape_scale = math.sqrt(max(1.0, rows.size(-2) / rows.size(-1)))
         rows.mul_(1 - lr * hp.muon_wd).add_(update, alpha=-lr * shape_scale)
 
@@ -1199,6 +1219,8 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     rise = hp.muon_momentum_warmup_frac
     warm = min(1.0, progress / rise) if rise else 1.0
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
+    longest = 1 - progress / max(1, step) / hp.muon_momentum_frac  # by the steps' mean duration
+    momentum = min(momentum, max(SHORT_MOMENTUM, longest))
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
     return StepPlan(reached[-1], qat, swa, lr_scale, momentum)
 
@@ -1523,7 +1545,7 @@ class Evaluator:
                 epochs = self.affordable_epochs(left * scoring, left * epoch)
                 self.train_on(model, flat, sgd, range(first, last), passes, epochs)
                 spent[1], trained = spent[1] + self.lap(), trained + epochs
-        self.report("legal_ttt_exact", epochs=trained)
+        self.report("legal_ttt_exact", epochs=f"{trained}/{hp.ttt_epochs * (len(starts) - 1)}")
 
     def lap(self) -> float:
         """Seconds since the last lap, the devices' work included."""
@@ -1583,14 +1605,19 @@ class Clock:
     slowest of the last ones. As a context, it notes SIGTERM and SIGINT; any rank's stops all.
     """
 
-    def __init__(self, hp: Hyperparameters, runtime: Runtime) -> None:
+    def __init__(
+        self, hp: Hyperparameters, runtime: Runtime, elapsed: float = 0.0, progress: float = 0.0
+    ) -> None:
+        """elapsed, progress: of the run that is resumed."""
         self.hp, self.runtime, self.work, self.signal = hp, runtime, None, 0
         self.ahead = 2 if runtime.device.type == "cuda" else 1  # steps from now to the next's start
-        self.shared = torch.zeros(4, dtype=torch.float64)  # progress, stop, checkpoint, signals
+        # progress, stop, checkpoint, signals
+        self.shared = torch.tensor([progress, 0.0, 0.0, 0.0], dtype=torch.float64)
         self.recent = deque([0.0], maxlen=16)  # seconds of the last steps
         self.checkpoint = self.interrupted = False
         runtime.barrier()
-        self.started = self.last = self.last_checkpoint = time.perf_counter()
+        self.last = self.last_checkpoint = time.perf_counter()
+        self.started = self.last - elapsed
 
     def __enter__(self) -> None:
         def note(number: int, frame: Any) -> None:
@@ -1606,8 +1633,8 @@ class Clock:
         return time.perf_counter() - self.started
 
     def exclude(self, seconds: float) -> None:
-        """Takes a pause out of the run's time; a negative one puts time that passed before in."""
-        self.started, self.last = self.started + seconds, self.last + max(seconds, 0.0)
+        """Takes a pause out of the run's time."""
+        self.started, self.last = self.started + seconds, self.last + seconds
 
     def progress(self, step: int) -> float:
         """The run's progress as `step` begins; at 1 or more training stops."""
@@ -1630,11 +1657,10 @@ class Clock:
         self.recent.append(step_seconds)
         due = hp.checkpoint_seconds and now - self.last_checkpoint >= hp.checkpoint_seconds
         self.last_checkpoint = now if due else self.last_checkpoint
-        facts = [0.0, 0.0, float(bool(due))]
+        facts = [float(self.shared[0]), 0.0, float(bool(due))]  # progress never goes back
         if cap is not None:
             cap -= hp.reserve_seconds
-            by_time = max(float(self.shared[0]), min(begin / cap, 1.0))  # it never goes back
-            facts[:2] = by_time, float(begin + max(self.recent) > cap)
+            facts[:2] = max(facts[0], min(begin / cap, 1.0)), float(begin + max(self.recent) > cap)
         facts = [fact * self.runtime.is_main for fact in facts]
         self.shared = torch.tensor([*facts, float(self.signal)], dtype=torch.float64)
         if self.runtime.world_size > 1:
@@ -1695,16 +1721,17 @@ class Trainer:
         flat.data.copy_(kept)
         torch.set_rng_state(rng)
 
-    def train(self) -> bool:
-        """Returns whether a signal ended it; the weights are averaged unless it is to go on."""
+    def train(self) -> int:
+        """Returns the run's exit code; the weights are averaged unless they are to be resumed."""
         hp, flat, log = self.hp, self.flat, self.log
         optimizer, average = Optimizer(flat, hp, self.runtime), WeightAverage(hp, flat.data)
-        graphs, clock = graphs_compiled(), Clock(hp, self.runtime)
-        step, before = self.resume(optimizer, average, clock)
+        step, before, elapsed = self.resume(optimizer, average)
+        graphs, clock = graphs_compiled(), Clock(hp, self.runtime, elapsed, average.last_progress)
         with clock:
             while (progress := clock.progress(step)) < 1:
                 if clock.checkpoint:
                     self.save(step, optimizer, average, clock)
+                    clock.last = time.perf_counter()  # the next step will not be as long
                 plan = plan_step(hp, step, progress)
                 floor = self.announce(step, progress, before, plan)
                 sums = self.accumulate(self.loader.batch(step), plan.num_passes, floor)
@@ -1721,17 +1748,16 @@ class Trainer:
                 log.progress(progress, f"step {step}, {plan.num_passes} passes")
             self.watch(step, None)
             self.runtime.barrier()
-            spent = time_fields(clock, step)
-        late = graphs_compiled() - graphs
-        memory = torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_initialized() else 0
-        facts = {"graphs_compiled_after_start": late, "peak_memory_mib": memory}
-        log.event("stop", step=step, **spent, **facts, interrupted=int(clock.interrupted))
-        if clock.interrupted and hp.on_signal == "checkpoint":
-            self.save(step, optimizer, average, clock)
-        else:
-            log.event("weight_average", kind=hp.weight_average, swa_samples=average.samples)
-            flat.data.copy_(average.result())
-        return clock.interrupted
+            spent, late = time_fields(clock, step), graphs_compiled() - graphs
+            memory = torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_initialized() else 0
+            facts = {"graphs_compiled_after_start": late, "peak_memory_mib": memory}
+            log.event("stop", step=step, **spent, **facts, interrupted=int(clock.interrupted))
+            wanted = clock.interrupted and hp.on_signal == "checkpoint"
+            if wanted and self.save(step, optimizer, average, clock):
+                return EXIT_CHECKPOINTED
+        log.event("weight_average", kind=hp.weight_average, swa_samples=average.samples)
+        flat.data.copy_(average.result())
+        return EXIT_EXPORTED if clock.interrupted else 0
 
     def announce(
         self, step: int, progress: float, before: StepPlan | None, plan: StepPlan
@@ -1810,8 +1836,8 @@ class Trainer:
         names = ("seed", "train_batch_tokens", "shuffle", "weight_average")
         return self.hp.architecture() | {name: getattr(self.hp, name) for name in names}
 
-    def save(self, step: int, optimizer: Optimizer, average: WeightAverage, clock: Clock) -> None:
-        """Writes a checkpoint: a digest, then torch.save's bytes. Keeps the last two.
+    def save(self, step: int, optimizer: Optimizer, average: WeightAverage, clock: Clock) -> bool:
+        """Writes a checkpoint: a digest, then torch.save's bytes; on every rank: whether it did.
 
         Tensors are stored by name, without the padding of a world size. Training draws no random
         numbers and the loader's place is the step, so that nothing else has to be kept.
@@ -1819,8 +1845,11 @@ class Trainer:
         if self.runtime.world_size > 1:
             for work in [optimizer.gather(optimizer.first, bank) for bank in BANKS]:
                 work.wait()
-        if not self.runtime.is_main or self.checkpoints is None:
-            return
+        main = self.runtime.is_main and self.checkpoints is not None
+        return self.runtime.from_main(main and self.write(step, optimizer, average, clock))
+
+    def write(self, step: int, optimizer: Optimizer, average: WeightAverage, clock: Clock) -> bool:
+        """Writes the checkpoint aside, then keeps it and the one before it."""
         tensors = self.run_state(optimizer, average).items()
         counts = (average.samples, average.last_progress, average.last_sample)
         facts = {"step": step, "elapsed": clock.elapsed(), "floor_index": self.floor_index}
@@ -1832,20 +1861,23 @@ class Trainer:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_aside(path, digest + buffer.getvalue())
+            # Later ones first: a resumed run has found them damaged.
+            found = sorted(path.parent.glob("step_*.pt"), key=lambda other: (other <= path, other))
+            for old in [*found[:-2], *path.parent.glob("step_*.tmp")]:
+                old.unlink()
         except OSError as error:  # the run goes on, and older checkpoints stay
             self.log.event("checkpoint_failed", path=path, reason=error.strerror)
-            return
-        for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
-            old.unlink()
-        self.log.event("checkpoint", step=step, path=path, bytes=path.stat().st_size)
+            return False
+        self.log.event("checkpoint", step=step, path=path, bytes=32 + buffer.tell())
+        return True
 
     def resume(
-        self, optimizer: Optimizer, average: WeightAverage, clock: Clock
-    ) -> tuple[int, StepPlan | None]:
-        """The step to go on with and the plan of the one before it; 0 without a checkpoint."""
+        self, optimizer: Optimizer, average: WeightAverage
+    ) -> tuple[int, StepPlan | None, float]:
+        """The step to go on with, the plan of the one before it, and the seconds spent so far."""
         state = self.hp.resume and read_checkpoint(self.checkpoints, self.runtime, self.log)
         if not state:
-            return 0, None
+            return 0, None, 0.0
         new, step = self.fixed_settings(), state["step"]
         differ = [f"{k}={new[k]} (was {v})" for k, v in state["settings"].items() if new[k] != v]
         require(not differ, f"resume: the checkpoint has other settings: {', '.join(differ)}")
@@ -1856,19 +1888,18 @@ class Trainer:
             moments["step"].fill_(step)
         self.floor_index = state["floor_index"]
         average.samples, average.last_progress, average.last_sample = state["average"]
-        clock.exclude(-state["elapsed"])
         before = plan_step(self.hp, step - 1, average.last_progress)
         if before.qat:
             self.qat_floor = torch.tensor(floor_value(self.floor_index), device=self.runtime.device)
         self.log.event("resume", step=step, train_time=f"{1000 * state['elapsed']:.0f}ms")
-        return step, before
+        return step, before, state["elapsed"]
 
 
 def read_checkpoint(folder: Path, runtime: Runtime, log: Log) -> dict[str, Any] | None:
     """The newest whole checkpoint, the same on every rank, or None. Nothing in it is executed."""
     found = sorted(folder.glob("step_*.pt"), reverse=True)
     for path in runtime.from_main(found):
-        data = path.read_bytes()
+        data = runtime.from_main(path.read_bytes() if runtime.is_main else None)
         if hashlib.sha256(data[32:]).digest() == data[:32]:
             return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
         log.event("checkpoint_damaged", path=path)
@@ -1892,8 +1923,12 @@ def code_bytes() -> int:
 def write_aside(path: Path, data: bytes) -> None:
     """Writes a file that is either whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # what is left of it may be what fills the disk
+        raise
 
 
 def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime, log: Log) -> None:
@@ -2003,29 +2038,28 @@ def check_outputs(hp: Hyperparameters) -> None:
 
 def train_and_export(
     hp: Hyperparameters, loader: BatchLoader, evaluator: Evaluator, artifact: Path
-) -> tuple[bool, Path | None]:
-    """Whether a signal cut the training short, and the artifact unless it is to be resumed."""
+) -> tuple[int, Path | None]:
+    """The exit code, and the artifact unless the run is to be resumed."""
     runtime, log = evaluator.runtime, evaluator.log
     checkpoints = artifact.with_name(artifact.name.replace(".int6.xz", ".checkpoints"))
     trainer = Trainer(build_model(hp, runtime, log), loader, evaluator, checkpoints)
     trainer.warm_up()
     log.phase("warm_up")
-    interrupted = trainer.train()
+    code = trainer.train()
     log.phase("training")
-    if interrupted and hp.on_signal == "checkpoint":
-        return True, None
+    if code == EXIT_CHECKPOINTED:
+        return code, None
     passes = hp.passes_in_evaluation
     evaluator.run("pre_quant_exact", trainer.model, hp.train_seq_len, passes)
     log.phase("pre_quant_evaluation")
     if runtime.is_main:
         artifact = export(hp, trainer.flat.named(trainer.flat.data), artifact, log)
-    artifact = runtime.from_main(artifact)
     log.phase("export")
-    return interrupted, artifact
+    return code, artifact
 
 
 def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> int:
-    stamp, interrupted = time.strftime("%Y%m%d_%H%M%S"), False
+    stamp = time.strftime("%Y%m%d_%H%M%S")
     run_id = runtime.from_main(hp.run_id or f"{stamp}_seed{hp.seed}")
     check_outputs(hp)
     if hp.evaluate:
@@ -2041,13 +2075,25 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> int:
         raise
     log.phase("data")
     artifact = Path(hp.evaluate or Path(hp.output_dir) / f"{run_id}.int6.xz")
+    try:
+        return train_and_evaluate(hp, loader, evaluator, artifact)
+    except Exception as error:
+        log.event("failed", text=(str(error) or repr(error)).splitlines()[0])
+        raise
+
+
+def train_and_evaluate(
+    hp: Hyperparameters, loader: BatchLoader | None, evaluator: Evaluator, artifact: Path
+) -> int:
+    """Returns the exit code."""
+    runtime, log, code = evaluator.runtime, evaluator.log, 0
     if loader is not None:
-        interrupted, artifact = train_and_export(hp, loader, evaluator, artifact)
+        code, artifact = train_and_export(hp, loader, evaluator, artifact)
         if artifact is None:
-            return EXIT_CHECKPOINTED
+            return code
     evaluator.deadline = time.perf_counter() + (hp.eval_wallclock_seconds or math.inf)
     graphs = graphs_compiled()
-    stored, tensors = read_artifact(artifact)
+    stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
     model = build_model(adopt(hp, stored), runtime, log)
     model.load_state_dict(tensors)
     evaluate_model(model, evaluator)
@@ -2057,7 +2103,7 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> int:
         buffer = io.BytesIO()
         np.save(buffer, evaluator.losses[:-1].cpu().numpy())
         write_aside(Path(hp.token_losses), buffer.getvalue())
-    return EXIT_EXPORTED if interrupted else 0
+    return code
 
 
 def main() -> int:
@@ -2066,7 +2112,9 @@ def main() -> int:
     try:
         hp, sources = read_configuration(os.environ, sys.argv[1:])
         runtime = Runtime.start(hp)
-        return run(hp, sources, runtime)
+        code = run(hp, sources, runtime)
+        runtime.barrier()  # torchrun ends the others as soon as one leaves with another code than 0
+        return code
     except (UserError, FloatingPointError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return EXIT_MISTAKE if isinstance(error, UserError) else EXIT_DIVERGED
