@@ -457,7 +457,7 @@ class Log:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a" if resume else "x", encoding="utf-8")
-            self.kept = path.stat().st_size  # what the run that is resumed has written
+            self.kept = os.fstat(self.file.fileno()).st_size  # by the run that is resumed
             self.file.write("\n" * bool(self.kept))  # it may have ended within a line
         except OSError as error:
             text = f"output_dir: cannot write {path} ({error.strerror}): choose another folder"
@@ -528,9 +528,9 @@ def open_data_shard(path: Path) -> np.ndarray:
     check(path.is_file(), "is missing")
     size, header_bytes = path.stat().st_size, 4 * SHARD_HEADER_WORDS
     check(size >= header_bytes, f"has {size} bytes, less than its header")
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    known = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
-    check(known, f"starts with {magic}, {version}, not with magic {SHARD_MAGIC}, {SHARD_VERSION}")
+    *found, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    expected = [SHARD_MAGIC, SHARD_VERSION]
+    check(found == expected, f"starts with {found}, not with magic and version {expected}")
     held = (size - header_bytes) / 2
     check(count == held, f"counts {count} tokens in its header and holds {held:g}")
     check(count > 0, "holds no tokens")
@@ -739,7 +739,7 @@ def mlp(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, layer.mlp_up), 0.5).square(), layer.mlp_down)
 
 
-def block(x: Tensor, x0: Tensor, layer: Layer, rope: Rope, attend: Attend) -> Tensor:
+def block(x: Tensor, layer: Layer, x0: Tensor, rope: Rope, attend: Attend) -> Tensor:
     """One layer of the stream x (B, T, D) that started from x0."""
     x = x if layer.skip is None else x + layer.skip[1] * layer.skip[0]
     x = layer.resid_mix[0] * x + layer.resid_mix[1] * x0
@@ -748,10 +748,10 @@ def block(x: Tensor, x0: Tensor, layer: Layer, rope: Rope, attend: Attend) -> Te
 
 
 def stack(
-    x: Tensor, x0: Tensor, layers: Sequence[Layer], rope: Rope, attend: Attend
+    x: Tensor, layers: Sequence[Layer], *inputs: Any, block: Callable = block
 ) -> list[Tensor]:
     """The outputs of consecutive layers; compiled as one, for its kernels join across layers."""
-    return [x := block(x, x0, layer, rope, attend) for layer in layers]
+    return [x := block(x, layer, *inputs) for layer in layers]
 
 
 def bigram_rows(ids: Tensor, num_rows: int) -> Tensor:
@@ -807,33 +807,24 @@ def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def choose_attention(hp: Hyperparameters, runtime: Runtime) -> tuple[str, Attend]:
     """The first kernel that runs forward and backward here, and what the log calls it."""
-
-    def runs(attend: Attend) -> bool:
-        like = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
-        q, k, v = (
-            torch.ones(1, 256, heads, hp.model_dim // hp.num_heads, **like)
-            for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads)
-        )
+    # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention 2,
+    # PyTorch's own first choice: 3.64 ms.
+    kernels = {"fa3": fa3_attention, "sdpa_cudnn": sdpa_attention, "sdpa": sdpa_attention}
+    like = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
+    heads, on_gpu = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads), runtime.device.type == "cuda"
+    head_dim = hp.model_dim // hp.num_heads
+    for name, attend in (kernels | {"plain": plain_attention}).items():
+        cudnn = name == "sdpa_cudnn"
+        if hp.attention not in ("auto", name.split("_")[0]) or (cudnn and not on_gpu):
+            continue
+        for backend in ("cudnn", "flash", "mem_efficient", "math"):
+            getattr(torch.backends.cuda, f"enable_{backend}_sdp")(cudnn == (backend == "cudnn"))
         try:
-            attend(q, k, v).sum().backward()
+            attend(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
         except (ImportError, RuntimeError):
-            return False
-        return True
-
-    if hp.attention in ("auto", "fa3") and runs(fa3_attention):
-        return "fa3", fa3_attention
-    if hp.attention in ("auto", "sdpa"):
-        # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention
-        # 2, PyTorch's own first choice: 3.64 ms.
-        others = ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_math_sdp")
-        for cudnn in (True, False) if runtime.device.type == "cuda" else (False,):
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            for enable in others:
-                getattr(torch.backends.cuda, enable)(not cudnn)
-            if runs(sdpa_attention):
-                return "sdpa_cudnn" if cudnn else "sdpa", sdpa_attention
-    require(hp.attention != "fa3", "attention=fa3 does not run here: use auto")
-    return "plain", plain_attention
+            continue
+        return name, attend
+    raise UserError(f"attention={hp.attention} does not run here: use auto")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1038,7 +1029,12 @@ class GPT(nn.Module):
 
         def run(x: Tensor, start: int, end: int) -> list[Tensor]:
             """x, then the outputs of layers start to end - 1."""
-            return [x, *self.region(stack)(x, x0, layers[start:end], rope, self.attend)]
+            inputs = (x, layers[start:end], x0, rope, self.attend)
+            if not torch.is_grad_enabled():  # compiled by block: a third of the graphs to compile
+                return [x, *stack(*inputs, block=self.region(block))]
+            for t in (x, x0, *(layer.value for layer in inputs[1] if layer.value is not None)):
+                torch._dynamo.maybe_mark_dynamic(t, 0)  # one graph for all sizes of a batch
+            return [x, *self.region(stack)(*inputs)]
 
         stem = run(x0, 0, hp.core_start)
         core = lambda x: run(x, hp.core_start, hp.core_end)[-1]  # noqa: E731
@@ -1503,7 +1499,7 @@ class Evaluator:
         self.losses.index_copy_(0, place, losses.flatten())
         self.times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
 
-    def report(self, name: str, **extra: Any) -> tuple[float, float]:
+    def report(self, name: str, *first: tuple[str, Any], **last: Any) -> tuple[float, float]:
         """Logs and returns val_loss (nats a token) and val_bpb of all ranks' scores."""
         for scores in (self.losses, self.times_scored):
             self.runtime.sum_(scores)
@@ -1513,7 +1509,7 @@ class Evaluator:
         result = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}"}
         counts = {"tokens": self.num_targets, "bytes": text_bytes}
         seconds = f"{time.perf_counter() - self.started:.3f}"
-        self.log.event(name, **extra, **result, **counts, seconds=seconds)
+        self.log.event(name, **dict(first), **result, **counts, seconds=seconds, **last)
         return loss, bpb
 
     def run(self, name: str, model: GPT, stride: int, passes: int, **extra: Any) -> None:
@@ -1524,7 +1520,7 @@ class Evaluator:
         for i, part in enumerate(np.array_split(windows, parts)):
             self.score(model, part, passes, stride)
             self.log.progress((i + 1) / parts, name)
-        self.report(name, **extra)
+        self.report(name, *extra.items())
 
     def run_ttt(self, model: GPT, passes: int) -> None:
         """Score-first test-time training: each chunk is scored, then trained on (not the last)."""
@@ -1653,15 +1649,15 @@ class Clock:
         """Starts to tell all ranks where rank 0's clock will stand when the next step begins."""
         hp, now = self.hp, time.perf_counter()
         step_seconds, self.last = now - self.last, now
-        begin, cap = self.elapsed() + self.ahead * step_seconds, hp.max_wallclock_seconds
+        begin = self.elapsed() + self.ahead * step_seconds
+        cap = (hp.max_wallclock_seconds or math.inf) - hp.reserve_seconds
         self.recent.append(step_seconds)
-        due = hp.checkpoint_seconds and now - self.last_checkpoint >= hp.checkpoint_seconds
+        every = hp.checkpoint_seconds or math.inf  # none at the end: it would come after the cap
+        due = now - self.last_checkpoint >= every and cap - begin >= every
         self.last_checkpoint = now if due else self.last_checkpoint
-        facts = [float(self.shared[0]), 0.0, float(bool(due))]  # progress never goes back
-        if cap is not None:
-            cap -= hp.reserve_seconds
-            facts[:2] = max(facts[0], min(begin / cap, 1.0)), float(begin + max(self.recent) > cap)
-        facts = [fact * self.runtime.is_main for fact in facts]
+        by_time = max(float(self.shared[0]), min(begin / cap, 1.0))  # it never goes back
+        facts = [by_time, begin + max(self.recent) > cap, due]
+        facts = [float(fact) * self.runtime.is_main for fact in facts]
         self.shared = torch.tensor([*facts, float(self.signal)], dtype=torch.float64)
         if self.runtime.world_size > 1:
             self.work = dist.all_reduce(self.shared, async_op=True)
@@ -1795,28 +1791,20 @@ class Trainer:
                 event.synchronize()
             if not math.isfinite(value):
                 text = f"step {at + 1}: the gradient's norm is {value.item()}, the run has diverged"
-                remedy = "lower matrix_lr, scalar_lr or residual_scale_init"
-                raise FloatingPointError(f"{text}: {remedy}")
+                raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
 
     def log_step(self, step: int, plan: StepPlan, sums: Tensor, norm: Tensor, clock: Clock) -> None:
         hp = self.hp
         nats, text_bytes, proxy, *ratios = self.runtime.sum_(sums).tolist()
-        growth, update, feedback = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
-        self.log.event(
-            step=f"{step}/{hp.iterations}" if hp.iterations else step,
-            train_loss=f"{nats / hp.train_batch_tokens:.4f}",
-            train_bpb=f"{nats / math.log(2) / text_bytes:.4f}",
-            jacobian_proxy=proxy / hp.batch_seqs,
-            grad_norm=norm.item(),
-            lr_scale=plan.lr_scale,
-            passes=plan.num_passes,
-            qat=int(plan.qat),
-            growth=growth,
-            update=update,
-            feedback_norm=feedback,
-            residual_scale=self.model.recurrence.residual_scale.tolist(),
-            **time_fields(clock, step),
-        )
+        ratios = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
+        facts = {"step": f"{step}/{hp.iterations}" if hp.iterations else step}
+        facts |= {"train_loss": f"{nats / hp.train_batch_tokens:.4f}"}
+        facts |= {"train_bpb": f"{nats / math.log(2) / text_bytes:.4f}"}
+        facts |= {"jacobian_proxy": proxy / hp.batch_seqs, "grad_norm": norm.item()}
+        facts |= {"lr_scale": plan.lr_scale, "passes": plan.num_passes, "qat": int(plan.qat)}
+        facts |= zip(("growth", "update", "feedback_norm"), ratios, strict=True)
+        facts |= {"residual_scale": self.model.recurrence.residual_scale.tolist()}
+        self.log.event(**facts, **time_fields(clock, step))
 
     def validate(self, step: int, passes: int, clock: Clock) -> None:
         """Scores the validation text as it is now, outside the run's time."""
@@ -2058,7 +2046,8 @@ def train_and_export(
     return code, artifact
 
 
-def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> int:
+def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, began: float) -> int:
+    """Returns the exit code. began: when the program did, on the clock of time.perf_counter."""
     stamp = time.strftime("%Y%m%d_%H%M%S")
     run_id = runtime.from_main(hp.run_id or f"{stamp}_seed{hp.seed}")
     check_outputs(hp)
@@ -2068,6 +2057,8 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime) -> int:
     log = Log(Path(hp.output_dir) / f"{run_id}.txt" if runtime.is_main else None, hp.resume)
     log.event("run", run_id=run_id, started=stamp)
     log_header(hp, sources, runtime, log)
+    log.since = began
+    log.phase("start")
     try:
         loader, evaluator = open_data(hp, runtime, log)
     except UserError:
@@ -2108,11 +2099,11 @@ def train_and_evaluate(
 
 def main() -> int:
     """Returns the exit code; see the head of this file."""
-    runtime = None
+    runtime, began = None, time.perf_counter()
     try:
         hp, sources = read_configuration(os.environ, sys.argv[1:])
         runtime = Runtime.start(hp)
-        code = run(hp, sources, runtime)
+        code = run(hp, sources, runtime, began)
         runtime.barrier()  # torchrun ends the others as soon as one leaves with another code than 0
         return code
     except (UserError, FloatingPointError) as error:

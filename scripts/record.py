@@ -34,7 +34,7 @@ FIGURE_NAME = re.compile(r"[A-Za-z0-9_-]+\.png")
 # tokenizer; published losses and bpb imply 151,079,964.
 FINEWEB_VAL_BYTES = range(151_070_000, 151_091_000)
 # Settings in which the runs of one configuration may differ.
-PER_RUN = ("run_id", "seed", "output_dir")
+PER_RUN = ("run_id", "seed", "output_dir", "resume")
 SCORE_TEXT = {
     "pre_quant": "before quantization",
     "quantized": "quantized, plain windows",
@@ -126,6 +126,8 @@ def consistency_errors(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         if run.missing:
             yield f"{run.path.name} is missing {'; '.join(run.missing)}: the run did not finish"
+        if run.last("stop").integer("interrupted"):
+            yield f"{run.path.name}: a signal ended its training early"
         yield from (f"{run.path.name}: {problem}" for problem in run.problems)
         parts = run.bytes.get("code_bytes", 0) + run.bytes.get("model_bytes", 0)
         if run.bytes.get("total_bytes", parts) != parts:
@@ -291,7 +293,7 @@ def requirements(run: Run) -> str:
 def run_command(run: Run, script: str) -> str:
     """The command that repeats a run: every setting that was not a default, then torchrun."""
     given = {k: v for k, v in run.config.items() if run.sources.get(k) in ("env", "flag")}
-    chosen = {k: v for k, v in given.items() if k not in ("run_id", "output_dir")}
+    chosen = {k: v for k, v in given.items() if k not in ("run_id", "output_dir", "resume")}
     words = [f"{name.upper()}={shlex.quote(value)}" for name, value in chosen.items()]
     processes = run.last("device").pairs.get("world_size", "1")
     return " \\\n    ".join(

@@ -7,6 +7,9 @@ of their lines is rewritten to this grammar first (`REWRITES`).
 
 A log is untrusted and may be cut or interleaved: reading never fails on its content. What could
 not be read is in `Run.problems`, what a complete log would have besides in `Run.missing`.
+
+A resumed run goes on in the log of the one that was killed. What that one did after the checkpoint
+was done again, so it is not among the events: they are those of one run without an interruption.
 """
 
 from __future__ import annotations
@@ -52,8 +55,13 @@ REWRITES = tuple(
 KNOWN_EVENTS = {
     *("run", "code", "versions", "device", "data", "config", "model", "phase", "stop", "artifact"),
     *("progressive_passes", "swa", "late_qat", "weight_average", "export_probe", "ttt_chunk"),
+    *("validation", "evaluated", "resume", "checkpoint", "checkpoint_failed", "checkpoint_damaged"),
+    *("warning", "failed"),
     *SCORES.values(),
 }
+# Events of training: those that tell of the steps up to theirs, those with which one begins.
+TURNS = {"progressive_passes", "swa", "late_qat"}
+TRAINING = {"", "validation", "checkpoint", "resume", *TURNS}
 PAIR = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):(\S+)")
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(ms|s)?")
 
@@ -276,10 +284,44 @@ def build_run(path: Path, text: str) -> Run:
             older |= any(pattern.search(line) for pattern, _ in REWRITES)
         elif looks_like_ours(line):
             problems.append(f"line {number} is damaged and was not used: {shorten(line)}")
-    run = Run(path, events, problems, older and not any(e.name == "run" for e in events))
+    run = Run(
+        path, without_repeats(events), problems, older and not any(e.name == "run" for e in events)
+    )
     collect(run)
     run.missing = list(find_missing(run))
     return run
+
+
+def without_repeats(events: Sequence[Event]) -> list[Event]:
+    """The events of a log in which resumed runs went on, without those that were done again.
+
+    Of what was there before, a resumed run takes over what belongs to the steps up to its
+    checkpoint; all else (its settings, the end of training, scores) it writes itself.
+    """
+    starts = [i for i, event in enumerate(events) if event.name == "run"][1:]
+    kept: list[Event] = []
+    for start, end in pairwise([0, *starts, len(events)]):
+        part = list(events[start:end])
+        if start and is_resumed(part):
+            if not any(event.name in TRAINING for event in part):
+                continue  # it ended before it had trained
+            resumes = [event.step() or 0 for event in part if event.name == "resume"]
+            kept = [event for event in kept if precedes(event, resumes[0] if resumes else 0)]
+        kept += part
+    return kept
+
+
+def is_resumed(part: Sequence[Event]) -> bool:
+    settings = {event.pairs.get("name"): event.pairs for event in part if event.name == "config"}
+    return settings.get("resume", {}).get("value") == "True"
+
+
+def precedes(event: Event, checkpoint: int) -> bool:
+    """Whether it tells of what was done before the checkpoint after so many steps."""
+    step = event.step()
+    if step is None or event.name not in TRAINING:
+        return False
+    return step < checkpoint or (step == checkpoint and event.name not in TURNS)
 
 
 def shorten(line: str) -> str:

@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,3 +231,154 @@ def time_limit(seconds: int):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+METRICS = (
+    "pre_quant_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact",
+    "legal_ttt_exact",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended: its exit code, what it printed, and its folder."""
+
+    code: int
+    printed: str
+    folder: Path
+
+    def log(self, run_id: str) -> str:
+        return (self.folder / f"{run_id}.txt").read_text()
+
+    def metrics(self, run_id: str) -> dict[str, tuple[str, str]]:
+        """The texts of val_loss and val_bpb of each evaluation."""
+        found = {}
+        for line in self.log(run_id).splitlines():
+            name, _, rest = line.partition(" ")
+            if name in METRICS:
+                pairs = dict(word.split(":", 1) for word in rest.split())
+                found[name] = (pairs["val_loss"], pairs["val_bpb"])
+        return found
+
+
+def steps(log: str) -> list[dict[str, str]]:
+    """The step lines without what is measured in time."""
+    lines = [line for line in log.splitlines() if line.startswith("step:")]
+    rows = [dict(word.split(":", 1) for word in line.split()) for line in lines]
+    return [{k: v for k, v in r.items() if k not in ("train_time", "step_avg")} for r in rows]
+
+
+def corpus_paths(corpus) -> dict[str, str]:
+    return {name.upper(): value for name, value in corpus.settings.items()}
+
+
+@pytest.fixture(scope="session")
+def variables(corpus) -> dict[str, str]:
+    """The environment of a tiny run."""
+    settings = SETTINGS | SHALLOW | {
+        "vocab_size": corpus.vocab_size, "warmup_steps": 4, "train_log_every": 4,
+        "weight_average": "ema_swa", "swa_frac": 0.04, "ema_frac": 0.1, "ttt_lr": 0.01,
+    }  # fmt: skip
+    paths = corpus_paths(corpus)
+    return {name.upper(): str(value) for name, value in settings.items()} | paths
+
+
+def _run_program(env: dict[str, str], argv: list[str], output: str, prepare, args: tuple) -> None:
+    """train_gpt.main in a process of its own, printing into the file `output`."""
+    with Path(output).open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    os.environ.update(env)
+    sys.argv = ["train_gpt.py", *argv]
+    if prepare is not None:
+        prepare(*args)
+    sys.exit(train_gpt.main())
+
+
+@dataclass(frozen=True)
+class Job:
+    """The program as it runs, on one rank or several."""
+
+    ranks: list
+    outputs: list[Path]
+    folder: Path
+    run_id: str
+
+    def until(self, text: str, timeout: float = 60.0) -> None:
+        """Waits for `text` in the log of a job that runs."""
+        log, late = self.folder / f"{self.run_id}.txt", time.monotonic() + timeout
+        while not (log.exists() and text in log.read_text()):
+            assert time.monotonic() < late, f"no {text} in {timeout} s"
+            assert all(rank.is_alive() for rank in self.ranks), self.outputs[0].read_text()
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+
+    def wait(self, timeout: float = 60.0) -> list[int]:
+        """The exit codes; -9 for a process that SIGKILL ended."""
+        late = time.monotonic() + timeout
+        try:
+            for number, rank in enumerate(self.ranks):
+                rank.join(max(0.0, late - time.monotonic()))
+                assert not rank.is_alive(), f"rank {number} of {len(self.ranks)} hangs"
+        finally:
+            self.kill()
+        return [rank.exitcode for rank in self.ranks]
+
+    def finish(self) -> Finished:
+        """What rank 0 has done; all ranks must end with its exit code."""
+        codes = self.wait()
+        assert len(set(codes)) == 1, codes
+        return Finished(codes[0], self.outputs[0].read_text(), self.folder)
+
+
+@pytest.fixture(scope="session")
+def start(processes, variables, tmp_path_factory):
+    """start(*flags, ranks=1, NAME=value, ...) -> Job, in processes that have everything imported.
+
+    base: the environment that is changed, a tiny run's if None; prepare: a function at the top of
+    a module, and its arguments, to call first in every process.
+    """
+
+    def make(
+        *argv: str,
+        ranks: int = 1,
+        folder: Path | None = None,
+        base: dict | None = None,
+        prepare: tuple = (None,),
+        **changes: str,
+    ) -> Job:
+        folder = folder or tmp_path_factory.mktemp("run") / "logs"
+        env = (variables if base is None else base) | {"OUTPUT_DIR": str(folder)} | changes
+        if ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        started, outputs = [], []
+        for rank in range(ranks):
+            outputs.append(tmp_path_factory.mktemp("output") / "printed")
+            own = env | {"RANK": str(rank)} if ranks > 1 else env
+            job = (own, list(argv), str(outputs[-1]), prepare[0], prepare[1:])
+            started.append(processes.Process(target=_run_program, args=job))
+            started[-1].start()
+        return Job(started, outputs, folder, env.get("RUN_ID", ""))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def launch(start):
+    """launch(*flags, NAME=value, ...) -> Finished: `start`, then waits for the end."""
+
+    def run(*argv: str, **settings) -> Finished:
+        return start(*argv, **settings).finish()
+
+    return run

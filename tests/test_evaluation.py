@@ -221,6 +221,36 @@ def test_ttt_is_sgd_over_the_scored_chunks(corpus, table, tiny, runtime, random_
     assert (result - expected).norm() < 1e-3 * (expected - start).norm()
 
 
+@pytest.mark.parametrize(
+    ("seconds", "epochs", "spent"), [(math.inf, 24, 33), (60, 24, 33), (22, 12, 21), (5, 0, 9)]
+)
+def test_ttt_lowers_its_epochs_to_end_in_time_and_scores_all(
+    corpus, table, tiny, runtime, random_model, monkeypatch, seconds, epochs, spent
+):
+    """9 chunks on a clock that is moved by hand: 1 s to score one, 1 s for each of its 3 epochs."""
+    now = [100.0]
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
+    hp = tiny(ttt_chunk_tokens=64, **SHALLOW)
+    scorer = evaluator(hp, corpus, table, runtime, corpus.val_tokens[:546])
+    score, train_on = scorer.score, scorer.train_on
+
+    def slow_score(*rest) -> None:
+        score(*rest)
+        now[0] += 1
+
+    def slow_train_on(*rest) -> None:
+        train_on(*rest)
+        now[0] += rest[-1]
+
+    scorer.score, scorer.train_on = slow_score, slow_train_on
+    scorer.deadline = now[0] + seconds
+    scorer.run_ttt(random_model(hp), 2)
+    name, pairs = scorer.log.events[-1]
+    assert (name, pairs["tokens"], pairs["epochs"]) == ("legal_ttt_exact", 545, f"{epochs}/24")
+    assert now[0] - 100 == spent
+    assert bool((scorer.times_scored[:-1] == 1).all())
+
+
 # ------------------------------------------------------------------------------------------- ranks
 
 

@@ -45,7 +45,7 @@ def test_a_shard_is_read_as_written(tmp_path):
         (b"", "0 bytes"),
         (b"\0" * 1023, "1023 bytes"),
         (shard_bytes(9, 9, magic=20240521), "20240521"),
-        (shard_bytes(9, 9, version=2), "2,"),
+        (shard_bytes(9, 9, version=2), "[20240520, 2]"),
         (shard_bytes(9, 8), "counts 9"),
         (shard_bytes(9, 10), "counts 9"),
         (shard_bytes(9, 9)[:-1], "8.5"),

@@ -1,11 +1,14 @@
 """The model against a plain float64 loop, causality, and the attention kernels."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
+from conftest import SHALLOW
 from torch.nn.functional import leaky_relu
 
+import train_gpt
 from train_gpt import (
     BANKS,
     GPT,
@@ -262,3 +265,36 @@ def test_the_attention_that_is_asked_for_runs_or_is_refused(tiny, runtime):
     assert (name.split("_")[0], attend) == ("sdpa", sdpa_attention)
     with pytest.raises(UserError, match="attention=fa3"):
         choose_attention(tiny(attention="fa3"), runtime)
+
+
+# ----------------------------------------------------------------------------------- compilation
+
+
+def test_compiled_regions_are_the_same_model(tiny, random_model, monkeypatch):
+    """Traced whole; same losses and gradients; the three stacks serve every size of a batch."""
+    trace, stacks = torch.compile, []
+
+    def keep(graph, inputs):
+        """A compiler that changes nothing."""
+        if any("scaled_dot_product" in str(node.target) for node in graph.graph.nodes):
+            stacks.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: trace(f, backend=keep, **how))
+    monkeypatch.setattr(train_gpt, "compiled", cache(train_gpt.compiled.__wrapped__))
+    hp = tiny(**SHALLOW)
+    plain, fast = random_model(hp), GPT(hp, attend=sdpa_attention, compile_regions=True)
+    fast.load_state_dict(plain.state_dict())
+    for batch in (4, 3):
+        losses = []
+        for model in (plain, fast):
+            model.zero_grad()
+            losses.append(model(*tokens(hp, batch), 2)[0])
+            losses[-1].mean().backward()
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+        for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
+        assert len(stacks) == 3, "stem, core and tail"
+    with torch.no_grad():
+        results = [model(*tokens(hp), 2, score_last=5)[0] for model in (plain, fast)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -506,3 +506,30 @@ def test_training_ends_with_the_last_step_that_fits_the_wall_clock(
     assert seen[2:] == pytest.approx(begun[2:]), "after the second step the progress is the time's"
     clock = Clock(tiny(iterations=10, max_wallclock_seconds=1e6), runtime)
     assert [clock.progress(step) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+
+
+def test_the_reserve_is_kept_and_a_resumed_clock_goes_on(tiny, runtime, monkeypatch):
+    """Steps of 0.05 s of 1 s; then after 0.3 s, with a checkpoint that takes as long as 4 steps."""
+    now = [100.0]
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
+    hp = tiny(iterations=None, max_wallclock_seconds=1.0, checkpoint_seconds=0.22)
+
+    def progress_of(clock: Clock) -> list[float]:
+        seen = []
+        while (progress := clock.progress(len(seen))) < 1:
+            if clock.checkpoint:
+                now[0] += 0.2
+                clock.last = now[0]
+            seen.append(progress)
+            now[0] += 0.05
+        return seen
+
+    kept = progress_of(Clock(replace(hp, reserve_seconds=0.4, checkpoint_seconds=None), runtime))
+    assert len(kept) == 12
+    assert kept[2:] == pytest.approx([step / 12 for step in range(2, 12)])
+    resumed = Clock(hp, runtime, elapsed=0.3, progress=0.28)
+    began = now[0]
+    seen = progress_of(resumed)
+    assert seen[0] == 0.28
+    assert seen == sorted(seen)
+    assert 0.6 < now[0] - began <= 0.7

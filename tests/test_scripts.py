@@ -17,10 +17,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import SETTINGS, SHALLOW
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import bench_speed
 import check_record
 import inspect_logs
 import minify
@@ -215,6 +220,52 @@ def test_damaged_logs_are_read_without_a_crash_and_reported():
     assert "2 runs wrote" in " ".join(build(whole).problems)
 
 
+def killed_and_resumed(checkpoint: int | None, trained: str) -> str:
+    """A run that was killed in `trained` lines of its training, then goes on from `checkpoint`."""
+    text = complete_log(3, resume=True)
+    header, training = text.split("progressive_passes step:0", 1)
+    if checkpoint is None:
+        return header + trained + "\n" + text
+    lines = ("progressive_passes step:0" + training).splitlines(keepends=True)
+    is_later = [
+        line for line in lines
+        if not (m := re.match(r"(?:step|progressive_passes step):(\d+)", line))
+        or int(m[1]) > checkpoint - line.startswith("progressive")
+    ]  # fmt: skip
+    resumed = f"resume step:{checkpoint} train_time:1ms\n" + "".join(is_later)
+    return header + trained + "\n" + header + resumed
+
+
+KILLED = """\
+progressive_passes step:0 progress:0 num_passes:1
+step:5/40 train_loss:2.5 train_bpb:1.5 train_time:50ms step_avg:1ms
+step:10/40 train_loss:2.5 train_bpb:1.5 train_time:100ms step_avg:1ms
+step:15/40 train_loss:2.5 train_bpb:1.5 train_time:150ms step_avg:1ms
+step:20/40 train_loss:2.5 train_bpb:1.5 train_time:200ms step_avg:1ms
+checkpoint step:20 path:x bytes:9
+progressive_passes step:20 progress:0.5 num_passes:2
+step:25/40 train_loss:9.9 train_bpb:9.9 train_time:999ms step_avg:1ms
+stop step:26 train_time:1000ms interrupted:1
+final_int6_roundtrip_exact val_loss:9.9 val_bpb:9.9
+"""
+
+
+@pytest.mark.parametrize("checkpoint", [20, 10, None])
+def test_what_a_resumed_run_did_again_counts_once(checkpoint):
+    """From checkpoints after steps 20 and 10, and from the start, there being none."""
+    expected, run = build(complete_log(3)), build(killed_and_resumed(checkpoint, KILLED))
+    assert (run.problems, run.missing) == ([], [])
+    assert run.steps_logged == expected.steps_logged
+    assert (run.growth, run.scores, run.steps) == (expected.growth, expected.scores, 40)
+    assert run.step_ms_by_passes() == expected.step_ms_by_passes()
+    assert [e.step() for e in run.all("checkpoint")] == ([20] if checkpoint == 20 else [])
+    ended_early = complete_log(3, resume=True).split("progressive_passes step:0")[0]
+    again = build(killed_and_resumed(checkpoint, KILLED + "\n" + ended_early))
+    assert again.steps_logged == expected.steps_logged
+    mixture = killed_and_resumed(checkpoint, KILLED).replace("resume value:True", "x value:1")
+    assert "2 runs wrote into this log" in "".join(build(mixture).problems)
+
+
 def test_what_is_no_log_is_refused(tmp_path):
     with pytest.raises(run_log.LogError, match="cannot be read"):
         run_log.read_run(tmp_path / "none.log")
@@ -323,7 +374,8 @@ def nothing() -> None:
     """Gone."""
 
 def foreign(function: Callable) -> object:
-    return function(**{"con" + "text": 7})
+    sum = function(**{"con" + "text": 7})
+    return sum
 
 def callback(context: int) -> int:
     return context
@@ -343,7 +395,8 @@ def counter() -> Callable[[], int]:
 
 def bump() -> None:
     global scale
-    scale += 1
+    os = 1
+    scale += os
 
 def failure() -> str:
     try:
@@ -405,7 +458,8 @@ def assert_renamed(old, new, top: dict[str, str], unit: dict[str, str]) -> None:
         if inspect.iscode(a):
             assert_renamed(a, b, top, unit if old.co_flags & inspect.CO_OPTIMIZED else {})
         elif VARIABLE.match(operation):
-            for name, changed in zip(*([v] if isinstance(v, str) else v for v in (a, b))):
+            pair = ([names] if isinstance(names, str) else names for names in (a, b))
+            for name, changed in zip(*pair, strict=True):
                 assert unit.setdefault(name, changed) == changed
                 assert "GLOBAL" not in operation or top.setdefault(name, changed) == changed
         elif a != b:  # the name of a class, or an annotation
@@ -713,6 +767,10 @@ REFUSALS = {
         ),
         "its wall clock is 600 s",
     ),
+    "ended by a signal": (
+        edit("train_seed1.log", "stop step:40 ", "stop step:40 interrupted:1 "),
+        "a signal ended its training early",
+    ),
     "slow evaluation": (
         edit("train_seed1.log", "evaluation seconds:300.5", "evaluation seconds:600.1"),
         "evaluation took 600.1 s",
@@ -877,6 +935,103 @@ def test_plots_say_what_they_need(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot_logs.main([str(source / "train_seed1.log"), "-o", str(tmp_path)]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_model_flops_are_what_torch_counts(tiny, runtime):
+    """Plain attention multiplies the masked half too: torch counts it twice."""
+    tokens = np.random.default_rng(0).integers(320, size=400).astype(np.uint16)
+    sizes = SHALLOW | {"attention": "plain", "train_batch_tokens": 64, "micro_batch_tokens": 32}
+    for changes in ({}, {"feedback_mode": "none", "num_heads": 2, "num_kv_heads": 1}):
+        hp = tiny(**sizes, **changes)
+        trainer = bench_speed.build_trainer(hp, runtime, tokens)
+        for passes in (1, 2, 3):
+            with FlopCounterMode(display=False) as counter:
+                trainer.accumulate(trainer.loader.batch(0), passes, None)
+            flops = bench_speed.step_flops(trainer.model, passes)
+            assert sum(flops.values()) + flops["attention"] == counter.get_total_flops()
+
+
+def test_the_bench_adds_up(corpus, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sizes = SETTINGS | SHALLOW | {"vocab_size": corpus.vocab_size, "train_batch_tokens": 64}
+    sizes |= {"warmup_steps": 4, "late_qat_threshold": 0.5}
+    for name, value in (sizes | corpus.settings).items():
+        monkeypatch.setenv(name.upper(), str(value))
+    options = ["--steps", "2", "--peak-tflops", "0.5", "--attention", "sdpa"]
+    assert bench_speed.main([*options, "--format", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    steps = report["steps"]
+    kinds = [(1, False), (2, False), (3, False), (3, True)]
+    assert [(step["passes"], step["qat"]) for step in steps] == kinds
+    for step in steps:
+        assert 0 < step["outside_ms"] < step["step_ms"]
+        assert set(step["shares"]) == set(bench_speed.SHARES)
+        assert min(step["shares"].values()) > 0
+        assert sum(step["shares"].values()) == pytest.approx(1)
+        rate = sum(step["flops"].values()) / (step["step_ms"] / 1000) / 1e12
+        assert step["tflops_per_second"] == pytest.approx(rate)
+        assert step["utilization"] == pytest.approx(rate / 0.5)
+    assert steps[0]["flops"]["attention"] < steps[1]["flops"]["attention"]
+    assert steps[2]["flops"] == steps[3]["flops"]
+    assert min(report["evaluation"].values()) > 0
+    assert report["compilation"] == pytest.approx(
+        {"seconds": report["compilation"]["seconds"], "graphs": 0, "late_graphs": 0}
+    )
+    setup = report["setup"]
+    assert (setup["tiny"], setup["text"]) == (True, "of fineweb_train_000000.bin")
+    digest = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    assert (setup["attention"], setup["train_gpt_sha256"]) == ("sdpa", digest)
+    skipping = ["--skip", "compile,profile,ttt", "--num-passes", "1", "--late-qat-threshold", "0"]
+    assert bench_speed.main([*skipping, "--steps", "1", "--format", "markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "no GPU: a tiny configuration" in text
+    assert re.search(r"\|  \| 1 pass \|\n.*\n\| step, ms \| [0-9.]+ \|\n", text)
+    assert "cold start" not in text
+    assert "sliding windows" not in text
+
+
+def test_the_bench_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    mistakes = {
+        ("--data-path", str(tmp_path)): "holds no fineweb_train",
+        ("--no-such-setting", "1"): "unknown argument --no-such-setting",
+    }
+    for arguments, text in mistakes.items():
+        assert bench_speed.main(list(arguments)) == 2
+        assert text in capsys.readouterr().err
+    for arguments in (["--skip", "steps"], ["--steps", "0"], ["--peak-tflops", "nan"]):
+        with pytest.raises(SystemExit):
+            bench_speed.main(arguments)
+        assert arguments[0] in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bench_speed.main([]) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("share", "kernel"),
+    [
+        ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7"),
+        ("attention", "void cudnn::fusion::compute_dot_do_o_specialized<true>"),
+        ("attention", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>"),
+        ("attention", "fmha_cutlassF_bf16_aligned_64x64_rf_sm80"),
+        ("linear", "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT"),
+        ("linear", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas"),
+        ("linear", "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>"),
+        ("linear", "void cublasLt::splitKreduce_kernel<32, 16, int>"),
+        ("linear", "triton_tem_fused_mm_3"),
+        ("elementwise", "triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_mul_5"),
+        ("elementwise", "triton_red_fused__to_copy_add_rms_norm_2"),
+        ("elementwise", "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>"),
+        ("elementwise", "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>"),
+        ("other", "void at::native::elementwise_kernel<direct_copy_kernel_cuda>"),
+        ("other", "void at::native::CatArrayBatchedCopy<OpaqueType<2u>>"),
+        ("other", "Memcpy HtoD (Pinned -> Device)"),
+        ("other", "Memset (Device)"),
+        ("other", "void at::native::sbtopk::gatherTopK<float, unsigned int, 2>"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(share, kernel):
+    assert bench_speed.category(kernel, bench_speed.KERNELS) == share
 
 
 def test_environment_files(tmp_path):

@@ -3,99 +3,23 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SETTINGS, SHALLOW, write_shard
+from conftest import METRICS, ROOT, SETTINGS, Finished, corpus_paths, steps, write_shard
 
 import train_gpt
 from train_gpt import Clock, Hyperparameters, Log, Runtime
 
-METRICS = (
-    "pre_quant_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact",
-    "legal_ttt_exact",
-)  # fmt: skip
 PAIR = re.compile(r"[a-z0-9_]+:\S+")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that ended: its exit code, what it printed, and its folder."""
-
-    code: int
-    printed: str
-    folder: Path
-
-    def log(self, run_id: str) -> str:
-        return (self.folder / f"{run_id}.txt").read_text()
-
-    def metrics(self, run_id: str) -> dict[str, tuple[str, str]]:
-        """The texts of val_loss and val_bpb of each evaluation."""
-        found = {}
-        for line in self.log(run_id).splitlines():
-            name, _, rest = line.partition(" ")
-            if name in METRICS:
-                pairs = dict(word.split(":", 1) for word in rest.split())
-                found[name] = (pairs["val_loss"], pairs["val_bpb"])
-        return found
-
-
-def steps(log: str) -> list[dict[str, str]]:
-    """The step lines without what is measured in time."""
-    lines = [line for line in log.splitlines() if line.startswith("step:")]
-    rows = [dict(word.split(":", 1) for word in line.split()) for line in lines]
-    return [{k: v for k, v in r.items() if k not in ("train_time", "step_avg")} for r in rows]
-
-
-@pytest.fixture(scope="module")
-def variables(corpus) -> dict[str, str]:
-    """The environment of a tiny run."""
-    settings = SETTINGS | SHALLOW | {
-        "vocab_size": corpus.vocab_size, "warmup_steps": 4, "train_log_every": 4,
-        "weight_average": "ema_swa", "swa_frac": 0.04, "ema_frac": 0.1, "ttt_lr": 0.01,
-    }  # fmt: skip
-    paths = corpus_paths(corpus)
-    return {name.upper(): str(value) for name, value in settings.items()} | paths
-
-
-def corpus_paths(corpus) -> dict[str, str]:
-    return {name.upper(): value for name, value in corpus.settings.items()}
-
-
-def call_main(runtime, env: dict[str, str], argv: list[str], output: str) -> int:
-    """train_gpt.main in a process of its own, printing into the file `output`."""
-    with Path(output).open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-        os.environ.update(env)
-        sys.argv = ["train_gpt.py", *argv]
-        return train_gpt.main()
-
-
-@pytest.fixture(scope="module")
-def launch(on_ranks, variables, tmp_path_factory):
-    """launch(*flags, NAME=value, ...) -> Finished, in a process that has everything imported.
-
-    base: the environment that is changed, a tiny run's if None.
-    """
-
-    def run(
-        *argv: str, folder: Path | None = None, base: dict | None = None, **changes: str
-    ) -> Finished:
-        folder = folder or tmp_path_factory.mktemp("run") / "logs"
-        env = (variables if base is None else base) | {"OUTPUT_DIR": str(folder)} | changes
-        output = tmp_path_factory.mktemp("output") / "printed"
-        [code] = on_ranks(1, call_main, env, list(argv), str(output))
-        return Finished(code, output.read_text(), folder)
-
-    return run
 
 
 def execute(command: list[str], env: dict[str, str], folder: Path) -> Finished:
@@ -175,24 +99,6 @@ def test_the_losses_of_single_tokens(first, corpus):
     assert bits / text_bytes == pytest.approx(val_bpb, abs=2e-8)
 
 
-def test_two_ranks_agree_with_one(first, variables, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "train_gpt.py"]
-    two = execute(command, variables | {"RUN_ID": "two"}, folder)
-    assert two.code == 0, two.printed
-    for alone, shared in zip(steps(first.log("first")), steps(two.log("two")), strict=True):
-        assert alone.keys() == shared.keys()
-        assert float(alone["train_loss"]) == pytest.approx(float(shared["train_loss"]), abs=5e-4)
-        assert float(alone["grad_norm"]) == pytest.approx(float(shared["grad_norm"]), rel=5e-3)
-        assert [alone[k] for k in ("step", "passes", "qat")] == [
-            shared[k] for k in ("step", "passes", "qat")
-        ]
-    for name, (loss, _) in first.metrics("first").items():
-        assert float(two.metrics("two")[name][0]) == pytest.approx(float(loss), abs=5e-4), name
-    assert two.log("two").count("\nlegal_ttt_exact ") == 1, "one writer"
-
-
 # ----------------------------------------------------------------------------------------- the log
 
 
@@ -218,6 +124,7 @@ def test_the_log_keeps_its_grammar_and_says_what_ran(first, variables):
     assert "graphs_compiled_after_start:0" in log
     phases = re.findall(r"^phase name:(\S+) seconds:[\d.]+$", log, re.MULTILINE)
     assert phases == [
+        "start",
         "data", "warm_up", "training", "pre_quant_evaluation", "export", "evaluation",
     ]  # fmt: skip
     growth = re.findall(r"^progressive_passes .*num_passes:(\d)$", log, re.MULTILINE)
@@ -369,7 +276,17 @@ def broken(corpus, tmp_path):
     ],
 )
 def test_bad_data_end_the_run_before_it_starts(launch, broken, kind, named):
-    failed_cleanly(launch(RUN_ID="bad", **broken(kind)), named)
+    done = launch(RUN_ID="bad", **broken(kind))
+    failed_cleanly(done, named)
+    assert list(done.folder.iterdir()) == [], "the run_id can be used again"
+
+
+def test_a_log_that_is_resumed_survives_bad_data(launch, broken, first, tmp_path):
+    log = first.folder / "first.txt"
+    shutil.copy(log, tmp_path)
+    done = launch("--resume", folder=tmp_path, RUN_ID="first", **broken("empty"))
+    failed_cleanly(done, "fineweb_train_000001.bin")
+    assert (tmp_path / "first.txt").read_bytes() == log.read_bytes()
 
 
 def failed_cleanly(done: Finished, *named: str) -> None:

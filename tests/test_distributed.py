@@ -1,0 +1,403 @@
+"""Any number of ranks gives the same run, and no failure loses it: kills, signals, full disks."""
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METRICS, ROOT, Finished, Job, Lines, steps
+
+import train_gpt
+from train_gpt import Trainer, read_checkpoint
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import record
+import run_log
+
+# Neither 2, 3 nor 8 ranks divide the banks' 5 and 10 rows, the batch's 7 sequences, the validation
+# windows or the sequences of a chunk (7, in batches of 4).
+SIZES = {
+    "TRAIN_BATCH_TOKENS": "224", "MICRO_BATCH_TOKENS": "64", "TTT_CHUNK_TOKENS": "224",
+    "ITERATIONS": "14", "LATE_QAT_THRESHOLD": "0.5", "TRAIN_LOG_EVERY": "1", "WARMUP_STEPS": "0",
+    "EVAL_STRIDE": "16", "TTT_EPOCHS": "2", "SEED": "7",
+}  # fmt: skip
+TURNS = ("progressive_passes", "swa", "late_qat", "stop")
+
+
+@pytest.fixture(scope="module")
+def base(variables) -> dict[str, str]:
+    return variables | SIZES
+
+
+# ------------------------------------------------------- what a test changes in the program's ranks
+
+
+def record_losses(path: str) -> None:
+    """Every step's loss, unrounded, into a file."""
+    log_step = Trainer.log_step
+
+    def recorded(self, step, plan, sums, norm, clock) -> None:
+        nats = self.runtime.sum_(sums.clone())[0].item()
+        if self.runtime.is_main:
+            with Path(path).open("a") as file:
+                file.write(f"{nats / self.hp.train_batch_tokens!r}\n")
+        log_step(self, step, plan, sums, norm, clock)
+
+    Trainer.log_step = recorded
+
+
+def signal_at(step: int, number: int, rank: int = 0) -> None:
+    """One rank sends itself a signal as a step begins."""
+    announce = Trainer.announce
+
+    def signalled(self, at, *rest):
+        if at == step and self.runtime.rank == rank:
+            os.kill(os.getpid(), number)
+        return announce(self, at, *rest)
+
+    Trainer.announce = signalled
+
+
+def die_while_writing(checkpoint: int) -> None:
+    """SIGKILL in the middle of the n-th checkpoint's bytes."""
+    left, write_bytes = [checkpoint], Path.write_bytes
+
+    def cut(path: Path, data: bytes) -> int:
+        left[0] -= ".pt" in path.name
+        if not left[0]:
+            write_bytes(path, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_bytes(path, data)
+
+    Path.write_bytes = cut
+
+
+def die_exporting() -> None:
+    train_gpt.export = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def short_patience(step: int, rank: int) -> None:
+    """One rank stops for ever, and the others wait but 2 s for it."""
+    train_gpt.COLLECTIVE_TIMEOUT = timedelta(seconds=2)
+    signal_at(step, signal.SIGSTOP, rank)
+
+
+# --------------------------------------------------------------------------------- any world size
+
+
+@pytest.fixture(scope="module")
+def run_of(start, base, tmp_path_factory):
+    """run_of(ranks) -> the undisturbed run on so many ranks and its unrounded losses, made once."""
+    known = {}
+
+    def get(ranks: int) -> tuple[Finished, list[float]]:
+        if ranks not in known:
+            path = tmp_path_factory.mktemp("losses") / "losses"
+            prepare = (record_losses, str(path))
+            done = start(base=base, ranks=ranks, prepare=prepare, RUN_ID="run").finish()
+            assert done.code == 0, done.printed
+            known[ranks] = done, [float(line) for line in path.read_text().split()]
+        return known[ranks]
+
+    return get
+
+
+def turns(log: str) -> list[tuple[str, ...]]:
+    """The steps at which a run changed: passes, SWA, QAT, stop."""
+    return re.findall(rf"^({'|'.join(TURNS)}) step:(\d+)", log, re.MULTILINE)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_every_world_size_trains_and_scores_alike(run_of, ranks):
+    (alone, expected), (shared, losses) = run_of(1), run_of(ranks)
+    assert len(expected) == 14
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert turns(shared.log("run")) == turns(alone.log("run"))
+    assert {name for name, _ in turns(alone.log("run"))} == set(TURNS)
+    for name, (_, bpb) in alone.metrics("run").items():
+        assert float(shared.metrics("run")[name][1]) == pytest.approx(float(bpb), abs=1e-4), name
+    assert shared.log("run").count("\nlegal_ttt_exact ") == 1, "one writer"
+
+
+# ------------------------------------------------------------------------- kills and checkpoints
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "run.txt").read_text()
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run.checkpoints").iterdir())
+
+
+def same_run(done: Finished, expected: Finished) -> None:
+    """Bit-identical weights, the same scores to the last digit, the same lines of steps."""
+    assert done.code == 0, done.printed
+    artifacts = [f.folder / "run.int6.xz" for f in (done, expected)]
+    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
+    assert done.metrics("run") == expected.metrics("run")
+    run = run_log.read_run(done.folder / "run.txt")
+    assert run.problems == []
+    lines = "".join(
+        " ".join(f"{key}:{value}" for key, value in line.event.pairs.items()) + "\n"
+        for line in run.steps_logged
+    )
+    assert steps(lines) == steps(expected.log("run"))
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(start, base, run_of, tmp_path):
+    """SIGKILL in the first step, later, while a checkpoint is written, and after training."""
+    often = base | {"CHECKPOINT_SECONDS": "1e-6", "RESUME": "1", "RUN_ID": "run"}
+
+    def killed(prepare: tuple) -> None:
+        assert start(base=often, folder=tmp_path, prepare=prepare).wait() == [-signal.SIGKILL]
+
+    killed((signal_at, 0, signal.SIGKILL))
+    assert not (tmp_path / "run.checkpoints").exists()
+    killed((signal_at, 7, signal.SIGKILL))
+    assert checkpoints(tmp_path) == ["step_00000006.pt", "step_00000007.pt"]
+    killed((die_while_writing, 3))
+    written = ["step_00000008.pt", "step_00000009.pt", "step_00000010.pt.tmp"]
+    assert checkpoints(tmp_path) == written
+    killed((die_exporting,))
+    done = start(base=often, folder=tmp_path).finish()
+    assert re.findall(r"^resume step:(\d+)", done.log("run"), re.MULTILINE) == ["7", "9", "13"]
+    assert checkpoints(tmp_path) == ["step_00000012.pt", "step_00000013.pt"]
+    same_run(done, run_of(1)[0])
+
+
+@pytest.fixture(scope="module")
+def half(start, base, tmp_path_factory) -> Path:
+    """The folder of a run on one rank that SIGTERM stopped in step 7 of 14, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("half")
+    stop = (signal_at, 6, signal.SIGTERM)
+    done = start("--on-signal", "checkpoint", base=base, folder=folder, prepare=stop, RUN_ID="run",
+                 CHECKPOINT_SECONDS="1e-6").finish()  # fmt: skip
+    assert done.code == 4, done.printed
+    return folder
+
+
+@pytest.fixture
+def interrupted(half, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(half, tmp_path / "half"))
+
+
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(half):
+    [step] = re.findall(r"^stop step:(\d+) .* interrupted:1$", log_of(half), re.MULTILINE)
+    assert step == "8", "the step in which it came, and the one in which all ranks are told"
+    assert checkpoints(half) == ["step_00000007.pt", "step_00000008.pt"]
+    assert not list(half.glob("*.xz"))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_goes_on_on_any_number_of_ranks(interrupted, start, base, run_of, ranks):
+    """Bit-identical on as many as before, within tolerance on others."""
+    expected = run_of(1)[0]
+    done = start("--resume", base=base, folder=interrupted, ranks=ranks, RUN_ID="run").finish()
+    if ranks == 1:
+        same_run(done, expected)
+    assert done.code == 0, done.printed
+    assert turns(done.log("run"))[-1] == ("stop", "14")
+    for name, (_, bpb) in expected.metrics("run").items():
+        assert float(done.metrics("run")[name][1]) == pytest.approx(float(bpb), abs=1e-4), name
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(interrupted, start, base, run_of):
+    newest = interrupted / "run.checkpoints" / "step_00000008.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    done = start("--resume", base=base, folder=interrupted, RUN_ID="run").finish()
+    assert f"\ncheckpoint_damaged path:{newest}\n" in done.log("run")
+    assert "\nresume step:7 " in done.log("run")
+    same_run(done, run_of(1)[0])
+
+
+def test_what_is_no_checkpoint_is_neither_used_nor_executed(interrupted, runtime, tmp_path):
+    folder, log = interrupted / "run.checkpoints", Lines()
+    whole = (folder / "step_00000008.pt").read_bytes()
+    for step, data in enumerate((b"", whole[:31], whole[:-1], whole + b"x"), 9):
+        (folder / f"step_{step:08d}.pt").write_bytes(data)
+    (folder / "step_00000099.pt.tmp").write_bytes(whole)
+    assert read_checkpoint(folder, runtime, log)["step"] == 8
+    assert [name for name, _ in log.events] == 4 * ["checkpoint_damaged"]
+    evil, ran = io.BytesIO(), tmp_path / "ran"
+    torch.save({"step": Execute(ran)}, evil)
+    forged = hashlib.sha256(evil.getvalue()).digest() + evil.getvalue()
+    (folder / "step_00000099.pt").write_bytes(forged)
+    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
+        read_checkpoint(folder, runtime, log)
+    assert not ran.exists()
+    assert read_checkpoint(tmp_path / "none", runtime, log) is None
+
+
+class Execute:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_run_with_other_settings_does_not_go_on(interrupted, start, base):
+    other = start("--resume", base=base, folder=interrupted, RUN_ID="run", SEED="8").finish()
+    assert other.code == 2
+    assert "error: resume: the checkpoint has other settings: seed=8 (was 7)" in other.printed
+    fresh = start(base=base, folder=interrupted, RUN_ID="run").finish()
+    assert fresh.code == 2
+    assert "run.txt exists" in fresh.printed
+    (interrupted / "run.txt").unlink()
+    fresh = start(base=base, folder=interrupted, RUN_ID="run").finish()
+    assert fresh.code == 2
+    assert "run.checkpoints exists" in fresh.printed
+
+
+# ---------------------------------------------------------------------------- signals and deaths
+
+
+@pytest.mark.parametrize(("number", "then"), [("SIGINT", "export"), ("SIGTERM", "checkpoint")])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    start, base, run_of, tmp_path, number, then
+):
+    """What two ranks leave in a checkpoint, their momenta too, one rank takes over."""
+    stop = (signal_at, 6, getattr(signal, number), 1)
+    job = start("--on-signal", then, base=base, ranks=2, folder=tmp_path, prepare=stop,
+                RUN_ID="run")  # fmt: skip
+    done = job.finish()
+    assert done.code == {"export": 5, "checkpoint": 4}[then], done.printed
+    assert re.search(r"^stop step:8 .* interrupted:1$", done.log("run"), re.MULTILINE)
+    assert set(done.metrics("run")) == (set(METRICS) if then == "export" else set())
+    assert (tmp_path / "run.checkpoints").exists() == (then == "checkpoint")
+    assert (tmp_path / "run.int6.xz").exists() == (then == "export")
+    if then == "checkpoint":
+        path = tmp_path / "losses"
+        prepare = (record_losses, str(path))
+        start("--resume", base=base, folder=tmp_path, prepare=prepare, RUN_ID="run").finish()
+        losses = [float(line) for line in path.read_text().split()]
+        assert losses == pytest.approx(run_of(1)[1][8:], rel=1e-5)
+    else:
+        assert "training early" in "\n".join(
+            record.consistency_errors([run_log.read_run(tmp_path / "run.txt")])
+        )
+
+
+def workers(torchrun: int) -> dict[int, int]:
+    """rank -> process of a torchrun on this machine."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError, StopIteration):
+            parent = next(
+                line.split()[1]
+                for line in path.with_name("status").read_text().splitlines()
+                if line.startswith("PPid:")
+            )
+            variables = dict(v.split("=", 1) for v in path.read_text().split("\0") if "=" in v)
+            if int(parent) == torchrun and "RANK" in variables:
+                found[int(variables["RANK"])] = int(path.parent.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_a_rank_that_dies_ends_the_job_with_its_reason(variables, tmp_path):
+    endless = {"ITERATIONS": "none", "MAX_WALLCLOCK_SECONDS": "300", "RUN_ID": "run"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with (tmp_path / "printed").open("w") as printed:
+        torchrun = subprocess.Popen(
+            [*command, "train_gpt.py"], cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT,
+            env=os.environ | variables | endless | {"OUTPUT_DIR": str(tmp_path)},
+        )  # fmt: skip
+    try:
+        Job([], [], tmp_path, "run").until("\nstep:4 ")
+        os.kill(workers(torchrun.pid)[1], signal.SIGKILL)
+        since = time.monotonic()
+        assert torchrun.wait(60) != 0
+        assert time.monotonic() - since < 30
+    finally:
+        torchrun.terminate()
+    printed = (tmp_path / "printed").read_text()
+    assert "rank      : 1" in printed
+    assert "Signal 9 (SIGKILL)" in printed
+    assert "\nfailed text:" in log_of(tmp_path)
+
+
+def test_a_rank_that_hangs_does_not_keep_the_others(start, base, tmp_path):
+    """Where no torchrun watches it: after the collectives' time limit, here 2 s."""
+    stuck = (short_patience, 4, 1)
+    job = start(base=base, ranks=2, folder=tmp_path, prepare=stuck, RUN_ID="run")
+    job.ranks[0].join(30)
+    code = job.ranks[0].exitcode
+    job.kill()
+    assert code == 1, job.outputs[0].read_text()
+    assert re.search(r"^failed text:.*(Timed|timeout)", log_of(tmp_path), re.MULTILINE | re.I)
+
+
+# ---------------------------------------------------------------------------------- full disks
+
+
+def fill_disk(folder: str, fallback: str) -> None:
+    """Whatever the run opens in `folder`, and its standard output, is on a full disk."""
+    tempfile.tempdir = fallback
+    open_path = Path.open
+
+    def full(self, mode="r", *rest, **named):
+        if str(self).startswith(folder) and "r" not in mode:
+            self, mode = Path("/dev/full"), mode.replace("x", "w")
+        return open_path(self, mode, *rest, **named)
+
+    Path.open = full
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_loses_neither_the_run_nor_the_artifact(start, base, run_of, tmp_path):
+    """Neither the log nor standard output nor a checkpoint can be written."""
+    folder, fallback = tmp_path / "logs", tmp_path / "fallback"
+    fallback.mkdir()
+    full = {"folder": folder, "prepare": (fill_disk, str(folder), str(fallback))}
+    done = start(base=base, RUN_ID="run", CHECKPOINT_SECONDS="1e-6", **full).finish()
+    assert done.code == 0, done.printed
+    assert "warning: <stdout> ends here (No space left on device)" in done.printed
+    assert "warning: /dev/full ends here (No space left on device)" in done.printed, "the log"
+    assert "checkpoint_failed path:" in done.printed
+    [artifact] = fallback.glob("*/run.int6.xz")
+    assert f"output_dir:%20No%20space%20left%20on%20device;%20the%20artifact%20is%20{artifact}" in (
+        done.printed
+    )
+    assert artifact.read_bytes() == (run_of(1)[0].folder / "run.int6.xz").read_bytes()
+    assert f"legal_ttt_exact val_loss:{run_of(1)[0].metrics('run')['legal_ttt_exact'][0]}" in (
+        done.printed
+    )
+    assert not [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+
+
+def test_weights_that_no_checkpoint_can_take_are_exported(start, base, tmp_path):
+    """A signal asks for a checkpoint, and a file lies in the place of its folder."""
+    (tmp_path / "run.checkpoints").write_text("kept")
+    stop = (signal_at, 6, signal.SIGTERM, 1)
+    done = start("--on-signal", "checkpoint", "--resume", base=base, ranks=2, folder=tmp_path,
+                 prepare=stop, RUN_ID="run").finish()  # fmt: skip
+    assert done.code == 5, done.printed
+    assert "\ncheckpoint_failed path:" in done.log("run")
+    assert set(done.metrics("run")) == set(METRICS)
+    assert (tmp_path / "run.int6.xz").exists()
+
+
+def test_a_disk_that_will_be_full_is_refused_at_the_start(start, base):
+    done = start(base=base, ARTIFACT_LIMIT_BYTES=str(10**18), RUN_ID="run").finish()
+    assert done.code == 2
+    assert re.search(r"error: output_dir=\S+ has \d+ bytes left for an artifact", done.printed)
+    assert not done.folder.exists()
