@@ -70,10 +70,10 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
 # about [0.7, 1.2] (Jordan et al., Muon, 2024). Fast convergence matters here, exactness does not.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-# A momentum of 0.99 averages 100 steps, too many for a short run: bits per byte after 50 s of one
-# H100 (543 steps) 1.4285 with 0.99, 1.3848 with 0.95; with level rows 1.4082, 1.3657, 0.90: 1.3635.
-# So its horizon is a fraction of the run, down to this momentum (a lower one was not tried).
-SHORT_MOMENTUM = 0.85
+# A momentum of 0.99 averages 100 steps, which is much of a short run: bits per byte after 50 s of
+# one H100 (543 steps) 1.4285 with 0.99, 1.3848 with 0.95; with level rows 1.4082, 1.3657, and
+# 1.3635 with 0.90. So it averages a fraction of the run, and never less than this does.
+LEAST_MOMENTUM = 0.85
 
 # Clip candidates of GPTQ-lite, as quantiles of a row's |w|; 1.0 (no clipping) is always among them.
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -92,8 +92,8 @@ BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's; the la
 TABLES = ("tok_emb", "bigram_table", "ve_table")
 PROJECTIONS = ("bigram_proj", "ve_proj")
 RMS_EPS = 1e-6
-# A rank that waits longer for the others gives up: more than the slowest wait (rank 0's export),
-# and only across nodes, for on one node torchrun ends the job seconds after a rank has died.
+# After this a rank gives up waiting for another that hangs: longer than rank 0's export takes. (One
+# that has died ends the job at once.)
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
 EXIT_MISTAKE, EXIT_DIVERGED, EXIT_CHECKPOINTED, EXIT_EXPORTED = 2, 3, 4, 5
 
@@ -180,13 +180,15 @@ class Hyperparameters:
     muon_momentum: float = opt(0.99, "0..1", "Muon's momentum")
     muon_momentum_warmup_start: float = opt(0.92, "0..1", "Muon's first momentum")
     muon_momentum_warmup_frac: float = opt(0.237, "0..1", "its rise (1,500 of 6,330 steps)")
-    muon_momentum_frac: float = opt(0.0158, ">0", "its longest horizon (0.99 in 6,330 steps)")
+    muon_momentum_frac: float = opt(
+        0.0158, ">0", "longest average, of the run (0.99 in 6,330 steps)"
+    )
     muon_row_norm: bool = opt(True, "", "level the rows of Muon's gradient first (MuonEq-R)")
     muon_backend_steps: int = opt(5, "1..20", "Newton-Schulz iterations")
     muon_wd: float = opt(0.04, ">=0", "decoupled weight decay of the banks")
     adam_wd: float = opt(0.04, ">=0", "decoupled weight decay of tables and projections")
-    beta1: float = opt(0.9, "0..1", "AdamW's first decay")
-    beta2: float = opt(0.95, "0..1", "AdamW's second decay")
+    beta1: float = opt(0.9, "0..0.9999", "AdamW's first decay")
+    beta2: float = opt(0.95, "0..0.9999", "AdamW's second decay")
     adam_eps: float = opt(1e-8, ">0", "AdamW's epsilon")
     grad_clip_norm: float = opt(0.3, ">0", "bound of the global gradient's norm")
     warmdown_frac: float = opt(0.55, "0..1", "last fraction, in which the lr falls to 0")
@@ -368,7 +370,7 @@ def read_configuration(
             errors.append(f"{name}={raw} ({sources[name]}) is no {kind}")
     if sources["train_batch_tokens"] == "default":
         T = values.get("train_seq_len", 2048)
-        tokens = 98_304 * int(env.get("WORLD_SIZE", 1))  # SPEC's 786,432 on 8 GPUs
+        tokens = 98_304 * int(env.get("WORLD_SIZE", 1))  # the recipe's 786,432 on 8 GPUs
         values["train_batch_tokens"] = max(1, tokens // max(1, T)) * T
     try:
         hp = Hyperparameters(**values)
@@ -444,25 +446,28 @@ def log_text(value: Any) -> str:
 
 
 class Log:
-    """Writes lines `event key:value key:value`; white space in a value is percent-encoded."""
+    """Writes lines `event key:value key:value`; what is no plain character is percent-encoded."""
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         """path: None for a process that does not write. Raises UserError."""
-        self.path, self.bar, self.since = path, False, time.perf_counter()
-        if path is None:
+        self.path, self.resume, self.bar, self.since = path, resume, False, time.perf_counter()
+        self.outputs, self.early = [sys.stdout], io.StringIO()  # early: what it wrote so far
+        for existing in (path, path.with_suffix(".checkpoints")) if path else ():
+            text = f"run_id: {existing} exists and is never overwritten: choose another run_id"
+            require(resume or not existing.exists(), f"{text}, or --resume")
+
+    def open(self) -> None:
+        """Creates the file, once it is known that there will be a run. Raises UserError."""
+        if self.path is None:
             return
-        for kept in (path, path.with_suffix(".checkpoints")):
-            text = f"run_id: {kept} exists and is never overwritten: choose another run_id"
-            require(resume or not kept.exists(), f"{text}, or --resume")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a" if resume else "x", encoding="utf-8")
-            self.kept = os.fstat(self.file.fileno()).st_size  # by the run that is resumed
-            self.file.write("\n" * bool(self.kept))  # it may have ended within a line
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a" if self.resume else "x", encoding="utf-8")
+            file.write("\n" * (file.tell() > 0) + self.early.getvalue())  # it may end within a line
         except OSError as error:
-            text = f"output_dir: cannot write {path} ({error.strerror}): choose another folder"
-            raise UserError(text) from None
-        self.outputs = [sys.stdout, self.file]
+            text = f"output_dir: cannot write {self.path} ({error.strerror})"
+            raise UserError(f"{text}: choose another folder") from None
+        self.outputs.append(file)
 
     def event(self, name: str = "", /, **pairs: Any) -> None:
         """One line; `name` is empty for the lines of single steps, as is the field's custom."""
@@ -470,6 +475,7 @@ class Log:
             return
         words = [name] if name else []
         line = " ".join(words + [f"{key}:{log_text(value)}" for key, value in pairs.items()])
+        self.early.write(line + "\n")
         for output in list(self.outputs):
             start = "\r\033[K" * (self.bar and output is sys.stdout)
             try:
@@ -482,22 +488,13 @@ class Log:
                     print(text, file=sys.stderr, flush=True)
         self.bar = False
 
-    def discard(self) -> None:
-        """Takes back what it wrote, after a mistake that was found before there was a run."""
-        if self.path is not None:
-            self.outputs = [sys.stdout]
-            with suppress(OSError):
-                self.file.close()
-            os.truncate(self.path, self.kept)
-            if not self.kept:
-                self.path.unlink()
-
     def progress(self, fraction: float, what: str) -> None:
         """A bar on a terminal; nothing elsewhere, where the log's lines show the progress."""
         if self.path is not None and sys.stdout.isatty():
-            filled = round(30 * min(fraction, 1.0))
+            filled = round(30 * fraction)
             text = f"[{'#' * filled}{'.' * (30 - filled)}] {fraction:4.0%} {what}"
-            print(f"\r{text}\033[K", end="", flush=True)
+            with suppress(OSError):
+                print(f"\r{text}\033[K", end="", flush=True)
             self.bar = True
 
     def phase(self, name: str) -> None:
@@ -670,7 +667,7 @@ class BatchLoader:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Layers: pure functions of tensors, compiled as the stacks that stem, core and tail are
+# 5. Layers: pure functions of tensors
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, rope_dims/2)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, T, H, E), k and v (B, T, G, E)
@@ -819,9 +816,11 @@ def choose_attention(hp: Hyperparameters, runtime: Runtime) -> tuple[str, Attend
             continue
         for backend in ("cudnn", "flash", "mem_efficient", "math"):
             getattr(torch.backends.cuda, f"enable_{backend}_sdp")(cudnn == (backend == "cudnn"))
+        traced = on_gpu and name == "fa3" and hp.compile != "off"  # not every build of it can be
+        probe = torch.compile(attend, fullgraph=True) if traced else attend
         try:
-            attend(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
-        except (ImportError, RuntimeError):
+            probe(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
+        except Exception:
             continue
         return name, attend
     raise UserError(f"attention={hp.attention} does not run here: use auto")
@@ -1030,9 +1029,10 @@ class GPT(nn.Module):
         def run(x: Tensor, start: int, end: int) -> list[Tensor]:
             """x, then the outputs of layers start to end - 1."""
             inputs = (x, layers[start:end], x0, rope, self.attend)
-            if not torch.is_grad_enabled():  # compiled by block: a third of the graphs to compile
+            if not torch.is_grad_enabled():  # three kinds of layer to compile, not three stacks
                 return [x, *stack(*inputs, block=self.region(block))]
-            for t in (x, x0, *(layer.value for layer in inputs[1] if layer.value is not None)):
+            added = (t for layer in inputs[1] for t in (layer.value, *(layer.skip or ())[:1]))
+            for t in (x, x0, *(t for t in added if t is not None)):
                 torch._dynamo.maybe_mark_dynamic(t, 0)  # one graph for all sizes of a batch
             return [x, *self.region(stack)(*inputs)]
 
@@ -1216,7 +1216,7 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     warm = min(1.0, progress / rise) if rise else 1.0
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
     longest = 1 - progress / max(1, step) / hp.muon_momentum_frac  # by the steps' mean duration
-    momentum = min(momentum, max(SHORT_MOMENTUM, longest))
+    momentum = min(momentum, max(LEAST_MOMENTUM, longest))
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
     return StepPlan(reached[-1], qat, swa, lr_scale, momentum)
 
@@ -1535,7 +1535,7 @@ class Evaluator:
             self.report_chunk(i + 1, len(starts), last)
             spent[0] += self.lap()
             if left:
-                cosine = 0.5 * (1 + math.cos(math.pi * i / max(1, len(starts) - 1)))
+                cosine = 0.5 * (1 + math.cos(math.pi * i / (len(starts) - 1)))
                 sgd.param_groups[0]["lr"] = hp.ttt_lr * cosine
                 scoring, epoch = spent / (i + 1, max(trained, 1))  # mean seconds of a chunk
                 epochs = self.affordable_epochs(left * scoring, left * epoch)
@@ -1642,10 +1642,10 @@ class Clock:
         by_steps = 0.0 if iterations is None else step / iterations if iterations else 1.0
         progress = 1.0 if stop or self.interrupted else max(by_time, by_steps)
         if progress < 1:
-            self.share()
+            self.tell()
         return progress
 
-    def share(self) -> None:
+    def tell(self) -> None:
         """Starts to tell all ranks where rank 0's clock will stand when the next step begins."""
         hp, now = self.hp, time.perf_counter()
         step_seconds, self.last = now - self.last, now
@@ -1771,9 +1771,7 @@ class Trainer:
             guess = estimate_floor_index(self.flat.named(self.flat.data), limit)
             self.floor_index = index = self.runtime.from_main(guess)
             self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
-        if before is None or not before.qat:
-            self.qat_floor = torch.tensor(floor_value(self.floor_index), device=self.runtime.device)
-        return self.qat_floor
+        return torch.full((), floor_value(self.floor_index), device=self.runtime.device)
 
     def watch(self, step: int, norm: Tensor | None) -> None:
         """Raises FloatingPointError at a non-finite gradient; looks one step back on a GPU.
@@ -1842,7 +1840,10 @@ class Trainer:
         counts = (average.samples, average.last_progress, average.last_sample)
         facts = {"step": step, "elapsed": clock.elapsed(), "floor_index": self.floor_index}
         facts |= {"average": counts, "settings": self.fixed_settings()}
-        named = {k: {n: w.cpu() for n, w in self.flat.named(t).items()} for k, t in tensors}
+        named = {
+            k: {n: w.to("cpu", copy=True) for n, w in self.flat.named(t).items()}
+            for k, t in tensors
+        }
         buffer, path = io.BytesIO(), self.checkpoints / f"step_{step:08d}.pt"
         torch.save(facts | {"tensors": named}, buffer)
         digest = hashlib.sha256(buffer.getbuffer()).digest()
@@ -1877,8 +1878,6 @@ class Trainer:
         self.floor_index = state["floor_index"]
         average.samples, average.last_progress, average.last_sample = state["average"]
         before = plan_step(self.hp, step - 1, average.last_progress)
-        if before.qat:
-            self.qat_floor = torch.tensor(floor_value(self.floor_index), device=self.runtime.device)
         self.log.event("resume", step=step, train_time=f"{1000 * state['elapsed']:.0f}ms")
         return step, before, state["elapsed"]
 
@@ -2024,46 +2023,23 @@ def check_outputs(hp: Hyperparameters) -> None:
     require(bool(hp.evaluate) or free > need, f"{text}: make room or choose another folder")
 
 
-def train_and_export(
-    hp: Hyperparameters, loader: BatchLoader, evaluator: Evaluator, artifact: Path
-) -> tuple[int, Path | None]:
-    """The exit code, and the artifact unless the run is to be resumed."""
-    runtime, log = evaluator.runtime, evaluator.log
-    checkpoints = artifact.with_name(artifact.name.replace(".int6.xz", ".checkpoints"))
-    trainer = Trainer(build_model(hp, runtime, log), loader, evaluator, checkpoints)
-    trainer.warm_up()
-    log.phase("warm_up")
-    code = trainer.train()
-    log.phase("training")
-    if code == EXIT_CHECKPOINTED:
-        return code, None
-    passes = hp.passes_in_evaluation
-    evaluator.run("pre_quant_exact", trainer.model, hp.train_seq_len, passes)
-    log.phase("pre_quant_evaluation")
-    if runtime.is_main:
-        artifact = export(hp, trainer.flat.named(trainer.flat.data), artifact, log)
-    log.phase("export")
-    return code, artifact
-
-
 def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, began: float) -> int:
     """Returns the exit code. began: when the program did, on the clock of time.perf_counter."""
     stamp = time.strftime("%Y%m%d_%H%M%S")
     run_id = runtime.from_main(hp.run_id or f"{stamp}_seed{hp.seed}")
     check_outputs(hp)
     if hp.evaluate:
-        hp = adopt(hp, read_artifact(Path(hp.evaluate))[0])
+        stored = read_artifact(Path(hp.evaluate))[0] if runtime.is_main else None
+        hp = adopt(hp, runtime.from_main(stored))
         sources |= dict.fromkeys(hp.architecture(), "artifact")
     log = Log(Path(hp.output_dir) / f"{run_id}.txt" if runtime.is_main else None, hp.resume)
     log.event("run", run_id=run_id, started=stamp)
     log_header(hp, sources, runtime, log)
     log.since = began
     log.phase("start")
-    try:
-        loader, evaluator = open_data(hp, runtime, log)
-    except UserError:
-        log.discard()  # so that the same run_id can be tried again
-        raise
+    loader, evaluator = open_data(hp, runtime, log)
+    runtime.barrier()  # if any rank refuses its data there is no log, and the run_id can be used
+    log.open()
     log.phase("data")
     artifact = Path(hp.evaluate or Path(hp.output_dir) / f"{run_id}.int6.xz")
     try:
@@ -2079,9 +2055,20 @@ def train_and_evaluate(
     """Returns the exit code."""
     runtime, log, code = evaluator.runtime, evaluator.log, 0
     if loader is not None:
-        code, artifact = train_and_export(hp, loader, evaluator, artifact)
-        if artifact is None:
+        checkpoints = artifact.with_name(artifact.name.replace(".int6.xz", ".checkpoints"))
+        trainer = Trainer(build_model(hp, runtime, log), loader, evaluator, checkpoints)
+        trainer.warm_up()
+        log.phase("warm_up")
+        code = trainer.train()
+        log.phase("training")
+        if code == EXIT_CHECKPOINTED:
             return code
+        passes = hp.passes_in_evaluation
+        evaluator.run("pre_quant_exact", trainer.model, hp.train_seq_len, passes)
+        log.phase("pre_quant_evaluation")
+        if runtime.is_main:
+            artifact = export(hp, trainer.flat.named(trainer.flat.data), artifact, log)
+        log.phase("export")
     evaluator.deadline = time.perf_counter() + (hp.eval_wallclock_seconds or math.inf)
     graphs = graphs_compiled()
     stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)

@@ -94,9 +94,12 @@ for seed in $seeds; do
         echo "seed $seed: finished before, kept $output/$run.log"
         continue
     fi
-    if [ -e "$output/running/$run.txt" ]; then
+    if [ -e "$output/running/$run.txt" ] && [ -z "${RESUME:-}" ]; then
         mkdir -p "$output/interrupted"
-        mv "$output/running/$run.txt" "$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$.txt"
+        kept=$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$
+        for old in "$output/running/$run".*; do # the log, checkpoints, perhaps an artifact
+            mv "$old" "$kept.${old##*.}"
+        done
     fi
     echo "seed $seed: $nproc process(es), log $output/running/$run.txt"
     SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running "$python" -m torch.distributed.run \

@@ -39,7 +39,7 @@ def test_the_reference_launch_is_the_default():
 
 
 def test_a_process_takes_98304_tokens_a_step_unless_told_otherwise():
-    """SPEC's 786,432 on 8 GPUs; whole windows, and at least one."""
+    """The recipe's 786,432 on 8 GPUs; whole windows, and at least one."""
     for env, tokens in (
         ({}, 98_304),
         ({"WORLD_SIZE": "3"}, 294_912),

@@ -178,7 +178,7 @@ def test_ttt_that_learns_nothing_is_sliding(corpus, table, tiny, runtime, random
 
 
 def ttt_reference(model: GPT, hp: Hyperparameters, tokens: np.ndarray) -> list[torch.Tensor]:
-    """The model's parameters after each chunk, by SPEC: SGD with momentum, cosine, clip, epochs."""
+    """The parameters after each chunk, by the recipe: SGD with momentum, cosine, clip, epochs."""
     T, targets = hp.train_seq_len, len(tokens) - 1
     ids = torch.from_numpy(tokens.astype(np.int32))
     parameters = [p for p in model.parameters() if p.numel()]

@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import SHALLOW
 from torch.nn.functional import leaky_relu
 
 import train_gpt
@@ -282,7 +281,7 @@ def test_compiled_regions_are_the_same_model(tiny, random_model, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda f, **how: trace(f, backend=keep, **how))
     monkeypatch.setattr(train_gpt, "compiled", cache(train_gpt.compiled.__wrapped__))
-    hp = tiny(**SHALLOW)
+    hp = tiny(num_layers=6, core_start=2, core_end=4, ve_layers="4,5")
     plain, fast = random_model(hp), GPT(hp, attend=sdpa_attention, compile_regions=True)
     fast.load_state_dict(plain.state_dict())
     for batch in (4, 3):

@@ -31,7 +31,7 @@ def linear_core(D: int, gain: float, seed: int = 0):
 
 
 def reference(module: Recurrence, h, core, num_passes: int):
-    """SPEC's equations for one sequence h (T, D) in float64: h_K, J, and the c_k."""
+    """The README's equations for one sequence h (T, D) in float64: h_K, J, and the c_k."""
     p = {name: t.detach().double() for name, t in module.named_parameters()}
     J, corrections = 0.0, []
     for k in range(num_passes):

@@ -47,6 +47,7 @@ def written(tmp_path: Path, events: list[tuple[str, dict]]) -> str:
     """What the trainer's own writer makes of `events`."""
     path = tmp_path / f"{random.getrandbits(64):x}.txt"
     log = train_gpt.Log(path)
+    log.open()
     for name, pairs in events:
         log.event(name, **pairs)
     return path.read_text(encoding="utf-8")

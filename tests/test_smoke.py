@@ -142,7 +142,10 @@ def test_no_value_breaks_a_line_of_the_log(tmp_path, capsys):
         Log(tmp_path / "a" / "x.txt"),
         ["a b", "tab\there", "two\nlines", "", None, "100%"],
     )
-    for value in values:
+    for i, value in enumerate(values):
+        if i == 2:
+            assert not (tmp_path / "a").exists(), "no trace before it is known that there is a run"
+            log.open()
         log.event("config", name="n", value=value, more=(1, 2.5))
     lines = (tmp_path / "a" / "x.txt").read_text().splitlines()
     assert len(lines) == len(values)
@@ -276,7 +279,16 @@ def broken(corpus, tmp_path):
 def test_bad_data_end_the_run_before_it_starts(launch, broken, kind, named):
     done = launch(RUN_ID="bad", **broken(kind))
     failed_cleanly(done, named)
-    assert list(done.folder.iterdir()) == [], "the run_id can be used again"
+    assert not done.folder.exists(), "the run_id can be used again"
+
+
+def test_data_that_only_another_rank_looks_at_leave_no_log_either(start, broken):
+    job = start(ranks=2, RUN_ID="bad", **broken("foreign token"))
+    codes = job.wait()
+    assert codes[0] != 0
+    assert codes[1] == 2
+    assert "fineweb_train_000001.bin holds token 400" in job.outputs[1].read_text()
+    assert not job.folder.exists()
 
 
 def test_a_log_that_is_resumed_survives_bad_data(launch, broken, first, tmp_path):
