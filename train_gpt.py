@@ -1387,16 +1387,6 @@ def finest_fitting(size_of: Callable[[int], int], guess: int, limit: int, log: L
     return fits if fits >= 0 else None
 
 
-def artifact_settings(header: Any) -> Hyperparameters:
-    """The settings in an artifact's header, held to the rules of a user's. Raises ValueError."""
-    names = Hyperparameters().architecture()
-    require(isinstance(header, dict) and set(header) == set(names), "its header is another one")
-    T = header["train_seq_len"]
-    others = {"train_batch_tokens": T, "micro_batch_tokens": T, "eval_stride": 1}
-    env = {name.upper(): str(value) for name, value in (header | others).items()}
-    return read_configuration(env, [])[0]
-
-
 def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """The architecture (other settings at their defaults) and the float32 tensors of an artifact.
 
@@ -1416,7 +1406,12 @@ def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
         magic, length = struct.unpack("<4sI", read(8, path.read_bytes()))
         known = magic == ARTIFACT_MAGIC and length < 1 << 16
         require(known, "it does not begin as an artifact does")
-        hp = artifact_settings(json.loads(read(length)))
+        header = json.loads(read(length))
+        names = Hyperparameters().architecture()
+        require(isinstance(header, dict) and set(header) == set(names), "its header is another one")
+        T = header["train_seq_len"]
+        header |= {"train_batch_tokens": T, "micro_batch_tokens": T, "eval_stride": 1}
+        hp, _ = read_configuration({k.upper(): str(v) for k, v in header.items()}, [])
         with torch.device("meta"):  # shapes without memory
             shapes = {name: p.shape for name, p in GPT(hp).named_parameters()}
         size = payload_bytes(shapes)
@@ -1553,9 +1548,8 @@ class Evaluator:
         """The epochs that the deadline leaves time for, if scoring all chunks that are left takes
         `scoring` seconds and training an epoch on each `epoch`; rank 0 decides."""
         spare = 0.95 * (self.deadline - self.mark - scoring)
-        return self.runtime.from_main(
-            int(min(max(spare / max(epoch, 1e-9), 0), self.hp.ttt_epochs))
-        )
+        epochs = min(max(spare / max(epoch, 1e-9), 0), self.hp.ttt_epochs)
+        return self.runtime.from_main(int(epochs))
 
     def report_chunk(self, done: int, chunks: int, last: int) -> None:
         self.log.progress(done / chunks, "legal_ttt")
@@ -1692,13 +1686,13 @@ class Trainer:
         return sums
 
     def warm_up(self) -> None:
-        """Runs every graph of the run on random tokens, then restores weights and random state.
+        """Runs every graph of the run on random tokens of its own, then restores the weights.
 
         What is compiled, tuned or allocated on first use is none of the timed section's; the
         throwaway optimizer opens the ranks' communication, the evaluation runs on a copy.
         """
         hp, flat, runtime, kept = self.hp, self.flat, self.runtime, self.flat.data.clone()
-        rng, generator = torch.get_rng_state(), torch.Generator().manual_seed(hp.seed)
+        generator = torch.Generator().manual_seed(hp.seed)
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
         optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
         graphs = run_graphs(hp)
@@ -1715,7 +1709,6 @@ class Trainer:
             throwaway = Evaluator(text, self.table, hp, runtime, Log(None))
             evaluate_model(copy.deepcopy(self.model), throwaway)
         flat.data.copy_(kept)
-        torch.set_rng_state(rng)
 
     def train(self) -> int:
         """Returns the run's exit code; the weights are averaged unless they are to be resumed."""
@@ -1948,22 +1941,18 @@ def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: 
 
     Returns where it lies: in the temporary folder if `path` cannot be written.
     """
-    code, candidates = code_bytes(), {}
-
-    def size_of(index: int) -> int:
-        candidates[index] = compress(hp, tensors, index)
-        return len(candidates[index])
-
+    code, packed = code_bytes(), cache(partial(compress, hp, tensors))
     limit = hp.artifact_limit_bytes - code
-    index = finest_fitting(size_of, estimate_floor_index(tensors, limit), limit, log)
+    guess = estimate_floor_index(tensors, limit)
+    index = finest_fitting(lambda index: len(packed(index)), guess, limit, log)
     fits, index = index is not None, index or 0
     path = path if fits else path.with_suffix(".oversize.xz")
     try:
-        write_aside(path, candidates[index])
+        write_aside(path, packed(index))
     except OSError as error:
         path = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
         log.event("warning", text=f"output_dir: {error.strerror}; the artifact is {path}")
-        write_aside(path, candidates[index])
+        write_aside(path, packed(index))
     model, margin = path.stat().st_size, limit - path.stat().st_size
     sizes = {"code_bytes": code, "model_bytes": model, "total_bytes": code + model}
     knob = {"floor_index": index, "floor": floor_value(index)}
