@@ -43,8 +43,8 @@ import python_minifier
 from run_log import Run
 from trainer_runs import DEMO_ENV, ROOT, TINY_RUN, RunError, help_text, read_env_file, run_trainer
 
-# These look at nothing but the function's behaviour. Any other decorator (triton.jit, autotune,
-# torch.library.custom_op) may read a function's source, annotations or names of parameters.
+# These look at nothing but the function's behaviour. Any other decorator (of a Triton kernel, of a
+# custom operator) may read a function's source, annotations or names of parameters.
 PLAIN_DECORATORS = {
     "cache", "classmethod", "contextlib.contextmanager", "functools.cache", "property",
     "staticmethod", "torch.compile", "torch.inference_mode", "torch.no_grad",
