@@ -491,10 +491,9 @@ class Log:
     def progress(self, fraction: float, what: str) -> None:
         """A bar on a terminal; nothing elsewhere, where the log's lines show the progress."""
         if self.path is not None and sys.stdout.isatty():
-            filled = round(30 * fraction)
-            text = f"[{'#' * filled}{'.' * (30 - filled)}] {fraction:4.0%} {what}"
+            bar = "#" * round(30 * fraction)
             with suppress(OSError):
-                print(f"\r{text}\033[K", end="", flush=True)
+                print(f"\r[{bar:.<30}] {fraction:4.0%} {what}\033[K", end="", flush=True)
             self.bar = True
 
     def phase(self, name: str) -> None:
@@ -1472,40 +1471,34 @@ class Evaluator:
 
     @torch.no_grad()
     def score(self, model: GPT, windows: np.ndarray, passes: int, stride: int) -> None:
-        """Scores this rank's share of `windows`, always in batches of one shape."""
-        T, size = self.hp.train_seq_len, self.hp.eval_batch_seqs
+        """Scores this rank's share of `windows`, in batches of one shape, with a head on the last
+        `stride` positions only where all that a window scores lies in them."""
+        T, size, device = self.hp.train_seq_len, self.hp.eval_batch_seqs, self.runtime.device
         mine = windows[self.runtime.share(len(windows))]
-        late = mine[:, 1] >= mine[:, 0] + T - stride  # all that is scored is in the last `stride`
+        late = mine[:, 1] >= mine[:, 0] + T - stride
         for chosen, count in ((mine[late], stride), (mine[~late], T)):
-            for at in range(0, len(chosen), size):
-                rows = np.zeros((size, 3), dtype=np.int64)  # the rows that are left score nothing
-                rows[: len(chosen[at : at + size])] = chosen[at : at + size]
-                self.score_batch(model, torch.from_numpy(rows), passes, count)
+            for part in (chosen[at : at + size] for at in range(0, len(chosen), size)):
+                rows = np.pad(part, ((0, size - len(part)), (0, 0)))  # the added ones score nothing
+                start, first, last = torch.from_numpy(rows).to(device).unsqueeze(2).unbind(1)
+                batch = self.tokens[start + torch.arange(T + 1, device=device)]
+                losses, _ = model(batch[:, :-1], batch[:, 1:], passes, score_last=count)
+                target = start + torch.arange(T - count, T, device=device)
+                kept = (target >= first) & (target < last)
+                place = torch.where(kept, target, self.num_targets).flatten()
+                self.losses.index_copy_(0, place, losses.flatten())
+                self.times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
 
-    def score_batch(self, model: GPT, rows: Tensor, passes: int, count: int) -> None:
-        """rows (B, 3) as of `scoring_windows`; runs the head on the last `count` positions."""
-        T, device = self.hp.train_seq_len, self.runtime.device
-        start, first, last = rows.to(device).unsqueeze(2).unbind(1)  # (B, 1)
-        batch = self.tokens[start + torch.arange(T + 1, device=device)]
-        losses, _ = model(batch[:, :-1], batch[:, 1:], passes, score_last=count)
-        target = start + torch.arange(T - count, T, device=device)
-        kept = (target >= first) & (target < last)
-        place = torch.where(kept, target, self.num_targets).flatten()
-        self.losses.index_copy_(0, place, losses.flatten())
-        self.times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
-
-    def report(self, name: str, *first: tuple[str, Any], **last: Any) -> tuple[float, float]:
-        """Logs and returns val_loss (nats a token) and val_bpb of all ranks' scores."""
+    def report(self, name: str, *first: tuple[str, Any], **last: Any) -> None:
+        """Logs val_loss (nats a token) and val_bpb of all ranks' scores."""
         for scores in (self.losses, self.times_scored):
             self.runtime.sum_(scores)
         assert bool((self.times_scored[:-1] == 1).all()), "every target is scored exactly once"
         nats, text_bytes = self.losses[:-1].double().sum().item(), int(self.bytes.sum())
-        loss, bpb = nats / self.num_targets, nats / math.log(2) / text_bytes
-        result = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}"}
+        result = {"val_loss": f"{nats / self.num_targets:.8f}"}
+        result |= {"val_bpb": f"{nats / math.log(2) / text_bytes:.8f}"}
         counts = {"tokens": self.num_targets, "bytes": text_bytes}
         seconds = f"{time.perf_counter() - self.started:.3f}"
         self.log.event(name, **dict(first), **result, **counts, seconds=seconds, **last)
-        return loss, bpb
 
     def run(self, name: str, model: GPT, stride: int, passes: int, **extra: Any) -> None:
         """Scores the whole text with windows `stride` apart."""

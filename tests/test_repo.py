@@ -45,7 +45,7 @@ def test_the_file_stays_readable_in_one_sitting():
     ]
     lines = {i for i, line in enumerate(LINES, 1) if line.strip() and line.lstrip()[0] != "#"}
     lines -= {i for text in texts for i in range(text.lineno, text.end_lineno + 1)}
-    assert len(lines) <= 1510
+    assert len(lines) <= 1500
 
 
 def test_lines_functions_and_signatures_are_short():
