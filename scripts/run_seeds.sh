@@ -13,6 +13,8 @@
 #   --demo              --env scripts/demo.env
 #   --nproc N           processes; default: one for each GPU, one without
 #   --self-extracting   run the compressed form of the script
+#   --script FILE       run this file, minified before: where python-minifier is missing, or where
+#                       Python is newer than that of those who shall run the record
 #   -- FLAGS            flags of train_gpt.py
 #
 # The script is minified first, and that file is what runs. A seed whose log is in DIR is not run
@@ -24,16 +26,17 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-seeds="1337 42 2025" output=logs/seeds env_file="" nproc="" minify_flags=()
+seeds="1337 42 2025" output=logs/seeds env_file="" nproc="" given="" minify_flags=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --seeds | --output | --env | --nproc)
+        --seeds | --output | --env | --nproc | --script)
             [ $# -gt 1 ] || fail "$1 needs a value"
             case $1 in
                 --seeds) seeds=$2 ;;
                 --output) output=$2 ;;
                 --env) env_file=$2 ;;
                 --nproc) nproc=$2 ;;
+                --script) given=$(realpath -- "$2") || fail "--script: $2 is missing" ;;
             esac
             shift
             ;;
@@ -49,6 +52,7 @@ for seed in $seeds; do
     [[ $seed =~ ^[0-9]+$ ]] || fail "--seeds: '$seed' is no seed: write whole numbers"
 done
 [ -n "$seeds" ] || fail "--seeds is empty: write at least one seed"
+[[ -z $given || -f $given ]] || fail "--script: $given is no file"
 [[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || fail "--nproc: '$nproc' is no number of processes"
 
 if [ -n "$env_file" ]; then
@@ -78,7 +82,13 @@ trap 'rm -f "$pid_file"' EXIT
 trap '[ -z "$child" ] || kill "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 script=$output/train_gpt.py new=$output/new/train_gpt.py
-"$python" scripts/minify.py -o "$new" ${minify_flags[@]+"${minify_flags[@]}"}
+if [ -n "$given" ]; then
+    mkdir -p "$output/new"
+    cp "$given" "$new"
+    echo "runs $(wc -c <"$new") bytes: $given"
+else
+    "$python" scripts/minify.py -o "$new" ${minify_flags[@]+"${minify_flags[@]}"}
+fi
 if compgen -G "$output/train_seed*.log" >/dev/null && ! cmp -s "$new" "$script"; then
     fail "$output has logs of another train_gpt.py: choose another --output, or move them away"
 fi

@@ -597,6 +597,7 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
         (["--nproc", "0"], "no number of processes"),
         (["--what"], "unknown option --what"),
         (["--env", str(tmp_path / "none")], "is missing"),
+        (["--script", str(tmp_path)], "is no file"),
     ):
         done = run_seeds(env_file, tmp_path, *options)
         assert done.returncode == 2, options
@@ -608,6 +609,40 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
     assert (tmp_path / "train_gpt.py").read_text() == "pass"
     (tmp_path / "running.pid").write_text(str(os.getpid()))
     assert "is in use by process" in run_seeds(env_file, tmp_path).stderr
+
+
+def test_run_seeds_runs_a_script_that_it_is_given(tmp_path):
+    script, output = tmp_path / "mine.py", tmp_path / "seeds"
+    script.write_text("raise SystemExit('it ran')")
+    done = run_seeds(tmp_path / "mine.py", output, "--script", str(script))
+    assert "it ran" in done.stderr
+    assert "seed 1337: the run ended with an error" in done.stderr
+    assert (output / "train_gpt.py").read_text() == script.read_text()
+
+
+def detached(*arguments: object) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts/detached.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_detached_command_is_followed_in_pieces(tmp_path):
+    job, go = tmp_path / "job", tmp_path / "go"
+    program = f"echo one; until [ -e {go} ]; do sleep 0.1; done; echo two; exit 7"
+    assert detached("start", job, "bash", "-c", program).returncode == 0
+    first = detached("wait", job, 1)
+    assert (first.stdout, first.returncode) == ("one\n", 75)
+    assert "was used before" in detached("start", job, "true").stderr
+    go.touch()
+    rest = detached("wait", job)
+    assert (rest.stdout, rest.returncode) == ("two\n", 7)
+
+
+def test_a_detached_command_can_be_stopped(tmp_path):
+    detached("start", tmp_path / "job", "sleep", 600)
+    assert detached("stop", tmp_path / "job").returncode == 0
+    done = detached("wait", tmp_path / "job", 60)
+    assert (done.returncode, "was killed" in done.stderr) == (1, True)
+    assert detached("wait", tmp_path / "none").returncode == 2
 
 
 # ------------------------------------------------------------------------------------- records
