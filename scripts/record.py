@@ -345,7 +345,7 @@ def comparison_section(submission: Mapping[str, Any]) -> str:
         c["p_lower"],
         c["note"],
     )
-    return f"n = {len(submission['seeds'])} {comparison_text(comparison)}"
+    return f"```\nn = {len(submission['seeds'])}, {comparison_text(comparison)}\n```"
 
 
 def facts_list(facts: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def compare(runs: Sequence[Run], base: Base) -> Comparison:
     difference = ours.mean - base.bpb.mean
     nats = difference * math.log(2) * text_bytes / tokens if tokens and text_bytes else None
     if base.bytes is None:
-        note = f"{base.name} does not say on what text it was measured"
+        note = "a lone figure does not say on what text it was measured"
     elif (base.tokens, base.bytes) != (tokens, text_bytes):
         note = f"{base.name} was measured on another text: the difference means nothing"
     else:
