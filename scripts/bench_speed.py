@@ -149,6 +149,7 @@ class StepFigures:
     shares: dict[str, float] | None  # of the device's time, summing to 1
     idle_share: float | None  # of the step
     peak_memory_mib: int | None
+    kernels: list[tuple[str, int, float]] | None  # name, launches, ms; the longest first
 
 
 # ------------------------------------------------------------------------------------ what is run
@@ -349,15 +350,26 @@ def profiled(work: Callable[[], None], device: torch.device) -> list[tuple[str, 
     ]
 
 
-def device_seconds(steps: Steps, case: Case) -> dict[str, float]:
-    """The seconds of each category in one step."""
+def profiled_step(steps: Steps, case: Case) -> tuple[dict[str, float], list[tuple[str, float]]]:
+    """The seconds of each category in one step, and those of each kernel launched in it."""
     device = steps.trainer.runtime.device
     patterns = KERNELS if device.type == "cuda" else OPERATORS
     seconds = dict.fromkeys(SHARES, 0.0)
-    for name, spent in profiled(lambda: steps.forward_backward(case), device):
+    launches = profiled(lambda: steps.forward_backward(case), device)
+    for name, spent in launches:
         seconds[category(name, patterns)] += spent
-    seconds["optimizer"] = sum(spent for _, spent in profiled(steps.outside, device))
-    return seconds
+    outside = profiled(steps.outside, device)
+    seconds["optimizer"] = sum(spent for _, spent in outside)
+    return seconds, launches + outside
+
+
+def by_kernel(launches: Sequence[tuple[str, float]]) -> list[tuple[str, int, float]]:
+    """Name, launches and milliseconds of each kernel, the longest first."""
+    spent: dict[str, list[float]] = {}
+    for name, seconds in launches:
+        spent.setdefault(name, []).append(1000 * seconds)
+    rows = [(name, len(times), sum(times)) for name, times in spent.items()]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def measure_case(
@@ -370,15 +382,16 @@ def measure_case(
     memory = torch.cuda.max_memory_allocated() >> 20 if on_gpu else None
     flops = step_flops(steps.trainer.model, case.passes)
     rate = sum(flops.values()) / step / 1e12
-    shares = idle = None
+    shares = idle = kernels = None
     if profiles:
-        seconds = device_seconds(steps, case)
+        seconds, launches = profiled_step(steps, case)
+        kernels = by_kernel(launches)
         busy = sum(seconds.values())
         shares = {name: spent / busy for name, spent in seconds.items()}
         idle = max(0.0, 1 - busy / step) if on_gpu else None
     utilization = rate / peak_tflops if peak_tflops else None
     times = (1000 * step, 1000 * outside)
-    return StepFigures(*case, *times, flops, rate, utilization, shares, idle, memory)
+    return StepFigures(*case, *times, flops, rate, utilization, shares, idle, memory, kernels)
 
 
 def measure_evaluation(trainer: Trainer) -> dict[str, float]:
@@ -508,13 +521,24 @@ def other_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return [rows[0], *([label, number(seconds, 3)] for label, seconds in rows[1:])]
 
 
-def print_report(report: Mapping[str, Any], figures: Sequence[StepFigures], form: str) -> None:
+def kernel_rows(figures: Sequence[StepFigures], count: int) -> list[list[str]]:
+    """The `count` kernels that take longest in a step of the first kind."""
+    first = figures[0]
+    kernels = (first.kernels or [])[:count]
+    rows = [["kernel", "launches", "ms"]] if kernels else []
+    return rows + [[name[:88], str(times), number(ms, 2)] for name, times, ms in kernels]
+
+
+def print_report(
+    report: Mapping[str, Any], figures: Sequence[StepFigures], form: str, kernels: int
+) -> None:
     if form == "json":
         steps = [asdict(f) for f in figures]
         print(json.dumps(report | {"steps": steps, "notes": FOOTNOTES}, indent=2))
         return
     table = plain_table if form == "table" else markdown_table
     tables = [step_rows(figures, report["setup"]["peak_tflops"]), other_rows(report)]
+    tables.append(kernel_rows(figures, kernels))
     parts = ["\n".join(header(report["setup"]))]
     parts += [table(rows) for rows in tables if len(rows) > 1]
     print("\n\n".join([*parts, *(fill(note, 100) for note in FOOTNOTES)]))
@@ -558,7 +582,7 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> None:
         report["evaluation"] = measure_evaluation(trainer)
     if report["compilation"]:
         report["compilation"]["late_graphs"] = graphs_compiled() - graphs
-    print_report(report, figures, args.format)
+    print_report(report, figures, args.format, args.kernels)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -573,6 +597,7 @@ def main(argv: Sequence[str]) -> int:
     add("--format", choices=("table", "markdown", "json"), default="table")
     add("--steps", type=positive(int), default=5, help="timed steps of each kind [5]")
     add("--skip", type=parts_to_skip, default=set(), help=f"of {','.join(PARTS)}, commas between")
+    add("--kernels", type=int, default=0, help="name so many kernels that take longest [0]")
     add("--peak-tflops", type=positive(float), help="the device's peak, if the table lacks it")
     args, settings = parser.parse_known_args(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports each start and stop

@@ -1004,6 +1004,9 @@ def test_the_bench_adds_up(corpus, monkeypatch, capsys):
         assert set(step["shares"]) == set(bench_speed.SHARES)
         assert min(step["shares"].values()) > 0
         assert sum(step["shares"].values()) == pytest.approx(1)
+        names, launches, times = zip(*step["kernels"], strict=True)
+        assert list(times) == sorted(times, reverse=True)
+        assert len(set(names)) == len(names) < sum(launches)
         rate = sum(step["flops"].values()) / (step["step_ms"] / 1000) / 1e12
         assert step["tflops_per_second"] == pytest.approx(rate)
         assert step["utilization"] == pytest.approx(rate / 0.5)
@@ -1017,9 +1020,11 @@ def test_the_bench_adds_up(corpus, monkeypatch, capsys):
     assert (setup["tiny"], setup["text"]) == (True, "of fineweb_train_000000.bin")
     digest = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
     assert (setup["attention"], setup["train_gpt_sha256"]) == ("sdpa", digest)
-    skipping = ["--skip", "compile,profile,ttt", "--num-passes", "1", "--late-qat-threshold", "0"]
-    assert bench_speed.main([*skipping, "--steps", "1", "--format", "markdown"]) == 0
+    skipping = ["--skip", "compile,ttt", "--num-passes", "1", "--late-qat-threshold", "0"]
+    options = ["--steps", "1", "--format", "markdown", "--kernels", "3"]
+    assert bench_speed.main([*skipping, *options]) == 0
     text = capsys.readouterr().out
+    assert len(re.findall(r"^\| .+ \| \d+ \| [0-9.]+ \|$", text, re.MULTILINE)) == 3
     assert "no GPU: a tiny configuration" in text
     assert re.search(r"\|  \| 1 pass \|\n.*\n\| step, ms \| [0-9.]+ \|\n", text)
     assert "cold start" not in text
