@@ -30,7 +30,7 @@ from train_gpt import UserError, data_fingerprint, open_data_shard
 
 DATA_DIR = Path(__file__).resolve().parent
 REPO_ID, REMOTE_ROOT = "willdepueoai/parameter-golf", "datasets"
-RUN_SHARDS = 50  # 6,332 steps of 786,432 tokens, in shards of 100,000,000
+RUN_SHARDS = 55  # about 6,500 steps of 786,432 tokens, in shards of 100,000,000
 MAX_MANIFEST_BYTES = 16 << 20
 FREE_BYTES_KEPT = 256 << 20
 

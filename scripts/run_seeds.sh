@@ -7,8 +7,8 @@
 #
 # Options:
 #   --seeds "N N ..."   default "1337 42 2025"
-#   --output DIR        default logs/seeds: train_gpt.py as it ran, and for each finished seed
-#                       train_seed<N>.log and train_seed<N>.int6.xz
+#   --output DIR        default logs/seeds, in the repository's root: train_gpt.py as it ran, and
+#                       for each finished seed train_seed<N>.log and train_seed<N>.int6.xz
 #   --env FILE          KEY=value lines for variables that are not set yet
 #   --demo              --env scripts/demo.env
 #   --nproc N           processes; default: one for each GPU, one without
@@ -36,7 +36,10 @@ while [ $# -gt 0 ]; do
                 --output) output=$2 ;;
                 --env) env_file=$2 ;;
                 --nproc) nproc=$2 ;;
-                --script) given=$(realpath -- "$2") || fail "--script: $2 is missing" ;;
+                --script)
+                    [ -f "$2" ] || fail "--script: $2 is no file"
+                    given=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+                    ;;
             esac
             shift
             ;;
@@ -51,8 +54,8 @@ done
 for seed in $seeds; do
     [[ $seed =~ ^[0-9]+$ ]] || fail "--seeds: '$seed' is no seed: write whole numbers"
 done
-[ -n "$seeds" ] || fail "--seeds is empty: write at least one seed"
-[[ -z $given || -f $given ]] || fail "--script: $given is no file"
+[ -n "${seeds// /}" ] || fail "--seeds is empty: write at least one seed"
+[[ -z $given || -z ${minify_flags[*]-} ]] || fail "give one of --script and --self-extracting"
 [[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || fail "--nproc: '$nproc' is no number of processes"
 
 if [ -n "$env_file" ]; then
@@ -73,7 +76,7 @@ mkdir -p "$output"
 
 # Two of these in one folder would mistake each other's running log for an interrupted one.
 pid_file=$output/running.pid
-if [ -e "$pid_file" ] && kill -0 "$(cat "$pid_file")" 2>/dev/null; then
+if [ -e "$pid_file" ] && ps -p "$(cat "$pid_file")" -o args= | grep -q run_seeds; then
     fail "$output is in use by process $(cat "$pid_file"): wait for it, or choose another --output"
 fi
 echo $$ >"$pid_file"
@@ -115,7 +118,10 @@ for seed in $seeds; do
     SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running "$python" -m torch.distributed.run \
         --standalone --nproc_per_node="$nproc" "$script" "$@" &
     child=$! # in the background, so that a signal to this script reaches it at once
-    wait "$child" || fail "seed $seed: the run ended with an error; the same command runs it again"
+    wait "$child" || {
+        echo "error: seed $seed: the run failed; the same command runs it again" >&2
+        exit 1
+    }
     child=""
     "$python" scripts/inspect_logs.py "$output/running/$run.txt" --require-complete >/dev/null ||
         fail "seed $seed: its log is incomplete and stays in $output/running"

@@ -12,8 +12,10 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -597,7 +599,9 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
         (["--nproc", "0"], "no number of processes"),
         (["--what"], "unknown option --what"),
         (["--env", str(tmp_path / "none")], "is missing"),
+        (["--seeds", " "], "--seeds is empty"),
         (["--script", str(tmp_path)], "is no file"),
+        (["--script", __file__, "--self-extracting"], "one of --script and --self-extracting"),
     ):
         done = run_seeds(env_file, tmp_path, *options)
         assert done.returncode == 2, options
@@ -607,8 +611,10 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
     done = run_seeds(env_file, tmp_path, "--seeds", "2")
     assert "logs of another train_gpt.py" in done.stderr
     assert (tmp_path / "train_gpt.py").read_text() == "pass"
-    (tmp_path / "running.pid").write_text(str(os.getpid()))
-    assert "is in use by process" in run_seeds(env_file, tmp_path).stderr
+    with subprocess.Popen(["bash", "-c", "read -r # run_seeds.sh"], stdin=subprocess.PIPE) as other:
+        (tmp_path / "running.pid").write_text(str(other.pid))
+        assert "is in use by process" in run_seeds(env_file, tmp_path).stderr
+        other.communicate(b"\n")
 
 
 def test_run_seeds_runs_a_script_that_it_is_given(tmp_path):
@@ -616,33 +622,58 @@ def test_run_seeds_runs_a_script_that_it_is_given(tmp_path):
     script.write_text("raise SystemExit('it ran')")
     done = run_seeds(tmp_path / "mine.py", output, "--script", str(script))
     assert "it ran" in done.stderr
-    assert "seed 1337: the run ended with an error" in done.stderr
+    assert "seed 1337: the run failed" in done.stderr
     assert (output / "train_gpt.py").read_text() == script.read_text()
 
 
 def detached(*arguments: object) -> subprocess.CompletedProcess:
-    command = ["bash", str(ROOT / "scripts/detached.sh"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts/detached.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_detached_command_is_followed_in_pieces(tmp_path):
-    job, go = tmp_path / "job", tmp_path / "go"
-    program = f"echo one; until [ -e {go} ]; do sleep 0.1; done; echo two; exit 7"
+    job, go = tmp_path / "a job", tmp_path / "go"
+    program = f"echo one; until [ -e {go} ]; do sleep 0.1; done; printf two; exit 7"
     assert detached("start", job, "bash", "-c", program).returncode == 0
-    first = detached("wait", job, 1)
+    time.sleep(0.5)
+    first = detached("wait", job, 0.5)
     assert (first.stdout, first.returncode) == ("one\n", 75)
-    assert "was used before" in detached("start", job, "true").stderr
+    assert "choose another folder" in detached("start", job, "true").stderr
     go.touch()
     rest = detached("wait", job)
-    assert (rest.stdout, rest.returncode) == ("two\n", 7)
+    assert (rest.stdout, rest.returncode) == ("two", 7)
 
 
-def test_a_detached_command_can_be_stopped(tmp_path):
-    detached("start", tmp_path / "job", "sleep", 600)
-    assert detached("stop", tmp_path / "job").returncode == 0
-    done = detached("wait", tmp_path / "job", 60)
-    assert (done.returncode, "was killed" in done.stderr) == (1, True)
-    assert detached("wait", tmp_path / "none").returncode == 2
+def test_a_detached_command_gets_the_signal_and_its_code_is_kept(tmp_path):
+    job = tmp_path / "job"
+    program = "trap 'exit 4' TERM; echo ready; while :; do sleep 0.1; done"
+    detached("start", job, "bash", "-c", program)
+    while (job / "output.txt").read_text() != "ready\n":
+        time.sleep(0.05)
+    assert detached("stop", job).returncode == 0
+    assert detached("wait", job).returncode == 4
+    assert "had ended" in detached("stop", job).stdout
+
+
+def test_a_detached_command_that_vanished_is_not_mistaken_for_another(tmp_path):
+    job = tmp_path / "job"
+    detached("start", job, "sleep", 2)
+    os.kill(int((job / "pid").read_text()), signal.SIGKILL)
+    (job / "pid").write_text(f"{os.getpid()}\n")  # as if its number were in use again
+    done = detached("wait", job, 60)
+    assert (done.returncode, "without a trace" in done.stderr) == (1, True)
+    assert detached("stop", job).returncode == 0
+
+
+def test_detached_says_what_is_wrong(tmp_path):
+    for arguments, text in (
+        (("start", tmp_path / "a"), "no command"),
+        (("start", tmp_path / "b", "no-such-command"), "no command no-such-command"),
+        (("wait", tmp_path / "none"), "nothing was started"),
+        (("wait", tmp_path / "none", "soon"), "no number of seconds"),
+    ):
+        done = detached(*arguments)
+        assert (done.returncode, text in done.stderr) == (2, True)
 
 
 # ------------------------------------------------------------------------------------- records
