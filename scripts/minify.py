@@ -39,9 +39,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import python_minifier
 from run_log import Run
 from trainer_runs import DEMO_ENV, ROOT, TINY_RUN, RunError, help_text, read_env_file, run_trainer
+
+try:
+    import python_minifier
+except ImportError:
+    sys.exit("error: python-minifier is missing: pip install -r requirements.txt")
 
 # These look at nothing but the function's behaviour. Any other decorator (of a Triton kernel, of a
 # custom operator) may read a function's source, annotations or names of parameters.

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import bench_speed
 import check_record
+import compare_branches
 import inspect_logs
 import minify
 import package_record
@@ -1104,6 +1105,52 @@ def test_the_bench_says_what_is_wrong(tmp_path, monkeypatch, capsys):
 )
 def test_kernels_are_told_apart_by_name(share, kernel):
     assert bench_speed.category(kernel, bench_speed.KERNELS) == share
+
+
+def branches(tmp_path: Path, *arguments: str) -> int:
+    return compare_branches.main(["--output", str(tmp_path / "branches"), *arguments])
+
+
+def test_a_branch_goes_on_as_if_never_cut(env_file, tmp_path, capsys, monkeypatch):
+    env = trainer_runs.read_env_file(env_file) | {"ITERATIONS": "8", "RUN_ID": "whole"}
+    env |= {"SLIDING_EVAL": "0", "TTT_ENABLED": "0", "EVAL_BATCH_SEQS": "64"}
+    assert in_this_process(env | {"OUTPUT_DIR": str(tmp_path)}) == 0
+    whole = run_log.read_run(tmp_path / "whole.txt")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    changes = ("num_passes=1 muon_wd=0.5", "residual_scale_init=1.0")
+    chosen = [word for text in changes for word in ("--branch", text)]
+    assert branches(tmp_path, *chosen, "--format", "json") == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out[out.index("\n[\n") :])
+    assert [row["branch"] for row in rows] == ["run", *changes]
+    assert {row["steps"] for row in rows} == {8}
+    scores = [row["pre_quant_exact"] for row in rows]
+    assert scores[0] == whole.scores["pre_quant"].val_bpb
+    assert len(set(scores)) == 3
+    log = run_log.read_run(tmp_path / "branches" / "num_passes=1_muon_wd=0.5.txt")
+    assert log.config["num_passes"] == "1"
+    assert compare_branches.table(rows)[1][3] == "+0.00000"
+    assert compare_branches.labels(["", "a=1  b=2", ""]) == ["run", "a=1 b=2", "run (2)"]
+
+
+def test_branches_say_what_is_wrong(env_file, tmp_path, capsys, monkeypatch):
+    for name, value in trainer_runs.read_env_file(env_file).items():
+        monkeypatch.setenv(name, value)
+    for arguments, text in (
+        (["--branch", "seed=1"], "seed belongs to the trunk"),
+        (["--branch", "no_setting=1"], "there is no setting no_setting"),
+        (["--branch", "num_passes=x"], "'x' is no int"),
+        (["--branch", "num_passes=65"], "num_passes=65 must be 1..64"),
+        (["--at", "1"], "must be between 0 and 1"),
+    ):
+        assert branches(tmp_path, *arguments) == 2
+        assert text in capsys.readouterr().err
+        assert not (tmp_path / "branches").exists()
+    (tmp_path / "branches").mkdir()
+    assert branches(tmp_path) == 2
+    assert "choose another" in capsys.readouterr().err
 
 
 def test_environment_files(tmp_path):
