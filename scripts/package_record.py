@@ -27,7 +27,7 @@ from seed_stats import Base, StatsError
 RECIPE = "Stable Growing Recurrence"
 BLURB = (
     "A GPT whose core layers are applied once, then twice, then three times as training proceeds, "
-    "kept stable by residual scales, error feedback and a Jacobian proxy loss; Parallel Muon, "
+    "with residual scales, error feedback and a Jacobian proxy term in the loss; Parallel Muon, "
     "late quantization-aware training, int6 and lzma, score-first test-time training."
 )
 

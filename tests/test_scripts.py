@@ -304,6 +304,8 @@ def test_comparisons_agree_with_scipy_on_the_raw_values():
     figure = seed_stats.Base("a figure", seed_stats.Spread(1.15, None, 1))
     single = seed_stats.compare(runs_with(ours), figure)
     assert single.p == pytest.approx(stats.ttest_1samp(ours, 1.15).pvalue)
+    assert "the base taken as exact" in single.test
+    assert "is not known to this script" in single.note
 
 
 def test_comparisons_say_why_there_is_none(monkeypatch):
