@@ -27,7 +27,7 @@ from seed_stats import Base, StatsError
 RECIPE = "Stable Growing Recurrence"
 BLURB = (
     "A GPT whose core layers are applied once, then twice, then three times as training proceeds, "
-    "kept stable by residual scales, error feedback and a Jacobian proxy loss; Parallel Muon, "
+    "with residual scales, error feedback and a Jacobian proxy term in the loss; Parallel Muon, "
     "late quantization-aware training, int6 and lzma, score-first test-time training."
 )
 
@@ -37,12 +37,12 @@ def write_record(
     source: Path,
     runs: Sequence[Run],
     submission: dict,
-    figures: list[Path],
+    figures: Sequence[Path],
     notes: str,
 ) -> None:
     """All files of the record into the new folder `folder`."""
     folder.mkdir(parents=True)
-    names = [path.name for path in figures]
+    names = sorted(path.name for path in figures)
     texts = {
         SUBMISSION: record.to_json(submission),
         README: record.build_readme(submission, runs, names, notes),
@@ -71,14 +71,14 @@ def package(
     runs = inputs(source, figures)
     if track is None:
         track = record.TEN_MINUTE_TRACK if fits_ten_minutes(runs) else record.OPEN_TRACK
-    submission = record.build_submission(runs, identity, track, base)
+    submission = record.build_submission(runs, identity, track, base, figures)
     target = records / track / record.folder_name(submission)
     if target.exists() and not replace:
         raise RecordError(f"{target} exists: choose another --name, or --replace it")
     records.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=records) as scratch:
         folder = Path(scratch, track, target.name)
-        write_record(folder, source, runs, submission, sorted(figures), notes)
+        write_record(folder, source, runs, submission, figures, notes)
         errors = check(folder)
         if errors:
             raise RecordError("\n".join(errors))
@@ -95,6 +95,8 @@ def inputs(source: Path, figures: Sequence[Path]) -> list[Run]:
     wrong = [str(p) for p in figures if not p.is_file() or not record.FIGURE_NAME.fullmatch(p.name)]
     if wrong:
         raise RecordError(f"{', '.join(wrong)}: figures are .png files named by letters and digits")
+    if len({path.name for path in figures}) < len(figures):
+        raise RecordError("two figures have one name: rename one")
     runs = read_logs(source)
     if not runs:
         raise RecordError(f"{source} has no train_seed<N>.log: scripts/run_seeds.sh makes them")

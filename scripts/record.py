@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from inspect_logs import comparison_text, markdown_table, summarize, table_rows
-from run_log import LIMIT_BYTES, SCORES, Run, parse_number
+from run_log import LIMIT_BYTES, SCORES, TRAINING, Run, parse_number
 from seed_stats import Base, Comparison, Spread, StatsError, compare, final_scores, validation_text
 
 TEN_MINUTE_TRACK, OPEN_TRACK = "track_10min_16mb", "track_non_record_16mb"
@@ -51,6 +52,11 @@ RESULT_KEYS = {
 NOT_COMPARABLE = (
     "> **Not a leaderboard figure**: it was not measured on FineWeb's validation split with 8 H100."
 )
+NOT_CHECKED = "The author's words, not checked"
+NOTES_HEADING = f"## What did not work: the author's notes\n\n*{NOT_CHECKED}.*"
+# A loss or bpb in a log has 8 decimals: it is off by at most half of the last one, with a little
+# for the order of a sum.
+ROUNDING = 0.51e-8
 
 
 class RecordError(ValueError):
@@ -69,11 +75,14 @@ class Identity:
 
 
 def read_identity(submission: Mapping[str, Any]) -> Identity:
-    """Raises RecordError unless every text is there."""
+    """Raises RecordError unless every text is there, in one line: it cannot pose as a section."""
     keys = Identity.__dataclass_fields__
     wrong = [key for key in keys if not isinstance(submission.get(key), str) or not submission[key]]
     if wrong:
         raise RecordError(f"{SUBMISSION} has no text for {', '.join(wrong)}")
+    wrong = [key for key in keys if len(submission[key].splitlines()) != 1]
+    if wrong:
+        raise RecordError(f"{SUBMISSION} has more than a line for {', '.join(wrong)}")
     return Identity(**{key: submission[key] for key in keys})
 
 
@@ -121,14 +130,69 @@ def settings(run: Run) -> dict[str, str]:
     return {key: value for key, value in run.config.items() if key not in PER_RUN}
 
 
+def score_errors(run: Run) -> Iterator[str]:
+    """Which scores do not follow from their own loss, tokens and bytes, or are of another text."""
+    texts = set()
+    for event in run.events:
+        if event.name not in (*SCORES.values(), "validation"):
+            continue
+        loss, bpb = event.number("val_loss"), event.number("val_bpb")
+        tokens, text_bytes = event.integer("tokens"), event.integer("bytes")
+        if loss is None or bpb is None or not tokens or not text_bytes:
+            yield f"{event.name} lacks val_loss, val_bpb, tokens or bytes"
+            continue
+        texts.add((tokens, text_bytes))
+        bits = tokens / text_bytes / math.log(2)  # bpb of a nat per token
+        if not abs(bpb - loss * bits) <= ROUNDING * (1 + abs(bits)):
+            yield (
+                f"{event.name} has val_bpb:{bpb:.8f}, its val_loss * tokens / (ln 2 * bytes) is "
+                f"{loss * bits:.8f}"
+            )
+    if len(texts) > 1:
+        yield f"its scores are of different texts: (tokens, bytes) are {sorted(texts)}"
+    held = data_of(run).get("val_tokens")
+    for tokens in sorted({tokens for tokens, _ in texts}):
+        if held is None or tokens != held - 1:
+            yield f"its scores have tokens:{tokens}, not 1 less than data split:val, tokens:{held}"
+
+
+def contradictions(run: Run) -> Iterator[str]:
+    """What a log says of itself that cannot be true."""
+    yield from score_errors(run)
+    chunk, ttt = run.last("ttt_chunk"), run.scores.get("ttt")
+    done, chunks = chunk.fraction("chunk") or (0, 1)
+    if ttt is not None and done == chunks:  # after the last chunk the whole text is scored
+        whole = {float(f"{ttt.val_bpb + off:.6g}") for off in (-ROUNDING, ROUNDING)}
+        if chunk.number("val_bpb") not in whole:
+            yield (
+                f"its last ttt_chunk has val_bpb:{chunk.pairs.get('val_bpb')}, legal_ttt_exact "
+                f"{ttt.val_bpb:.8f}"
+            )
+    final = run.last(SCORES["ttt"])
+    trained, planned = final.fraction("epochs") or (1, 0)
+    if "epochs" in final.pairs and trained > planned:
+        yield f"legal_ttt_exact has epochs:{final.pairs['epochs']}, it should be done/planned"
+    last = max((e.step() or 0 for e in run.events if e.name in TRAINING), default=0)
+    if last > (run.steps or 0):
+        yield f"a line is of step {last}, training stopped after step {run.steps}"
+    clock = max((line.seconds for line in run.steps_logged), default=0.0)
+    if clock > (run.train_seconds or 0.0):
+        yield f"a step ended at {clock:.3f} s, training at {run.train_seconds:.3f} s"
+    sizes = {event.pairs.get("parameters") for event in run.all("model")}
+    if len(sizes) != 1:
+        yield f"its model lines have parameters:{', '.join(sorted(map(str, sizes))) or 'none'}"
+
+
 def consistency_errors(runs: Sequence[Run]) -> Iterator[str]:
-    """Why these logs are not the seeds of one configuration of one script, run to the end."""
+    """Why these logs are not the seeds of one configuration of one script, run to the end, that
+    do not contradict themselves.
+    """
     for run in runs:
         if run.missing:
             yield f"{run.path.name} is missing {'; '.join(run.missing)}: the run did not finish"
         if run.last("stop").integer("interrupted"):
             yield f"{run.path.name}: a signal ended its training early"
-        yield from (f"{run.path.name}: {problem}" for problem in run.problems)
+        yield from (f"{run.path.name}: {text}" for text in (*run.problems, *contradictions(run)))
         parts = run.bytes.get("code_bytes", 0) + run.bytes.get("model_bytes", 0)
         if run.bytes.get("total_bytes", parts) != parts:
             yield f"{run.path.name}: code and model are not the {run.bytes['total_bytes']} in total"
@@ -143,6 +207,7 @@ def consistency_errors(runs: Sequence[Run]) -> Iterator[str]:
             ("hardware", hardware),
             ("versions", lambda r: r.last("versions").pairs),
             ("data", data_of),
+            ("model", lambda r: r.last("model").pairs),
         ):
             if of(run) != of(runs[0]):
                 yield f"{run.path.name} and {runs[0].path.name} differ in {what}"
@@ -196,7 +261,11 @@ def seed_result(run: Run) -> dict[str, Any]:
 
 
 def build_submission(
-    runs: Sequence[Run], identity: Identity, track: str, base: Base | None
+    runs: Sequence[Run],
+    identity: Identity,
+    track: str,
+    base: Base | None,
+    figures: Iterable[Path] = (),
 ) -> dict[str, Any]:
     """submission.json as a dictionary. Raises RecordError with every reason why there is none."""
     errors = [] if runs else ["there is no log"]
@@ -233,6 +302,7 @@ def build_submission(
         "data": data_of(runs[0]),
         "code_sha256": runs[0].last("code").pairs["sha256"],
         "comparison": describe_comparison(comparison, base),
+        "files": file_sums([*(run.path for run in runs), *figures]),
     }
 
 
@@ -356,12 +426,20 @@ def build_readme(
     submission: Mapping[str, Any], runs: Sequence[Run], figures: Sequence[str], notes: str
 ) -> str:
     """README.md; `figures` are file names, `notes` is the author's text on what did not work."""
+    text = notes.strip() or "Nothing was noted down for this record."
+    return f"{checked_readme(submission, runs, figures)}\n{text}\n"
+
+
+def checked_readme(
+    submission: Mapping[str, Any], runs: Sequence[Run], figures: Sequence[str]
+) -> str:
+    """All of README.md but the notes, which follow: the part that check_record.py compares."""
     script = f"records/{submission['track']}/{folder_name(submission)}/{SCRIPT}"
     pictures = "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures)
     sections = [
         f"# {submission['name']}",
         headline(submission),
-        submission["blurb"],
+        f"*{NOT_CHECKED}:* {submission['blurb']}",
         f"## Results\n\n{results_table(runs)}\n\nStep times and seconds outside the clock:\n\n"
         f"{times_table(runs)}",
         pictures,
@@ -374,7 +452,7 @@ def build_readme(
         f"## Hardware and versions\n\n{submission['hardware']}\n\n"
         f"{facts_list(submission['versions'])}",
         f"## Data\n\n{facts_list(submission['data'])}",
-        f"## What did not work\n\n{notes.strip() or 'Nothing was noted down for this record.'}",
+        NOTES_HEADING,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -385,3 +463,8 @@ def to_json(submission: Mapping[str, Any]) -> str:
 
 def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def file_sums(paths: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of each file, by its name."""
+    return {path.name: file_sha256(path) for path in sorted(paths, key=lambda path: path.name)}

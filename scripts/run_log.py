@@ -94,6 +94,11 @@ class Event(NamedTuple):
         head = self.pairs.get("step", "").split("/")[0]
         return int(head) if re.fullmatch(r"\d{1,18}", head) else None
 
+    def fraction(self, key: str) -> tuple[int, int] | None:
+        """The counts of `chunk:10/40`."""
+        match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", self.pairs.get(key, ""))
+        return (int(match[1]), int(match[2])) if match else None
+
 
 def parse_number(text: str) -> float | None:
     match = NUMBER.fullmatch(text)

@@ -83,14 +83,14 @@ def base_of_runs(name: str, runs: Sequence[Run]) -> Base:
 
 
 def compare(runs: Sequence[Run], base: Base) -> Comparison:
-    """Welch's t-test of the runs' final bpb against the base. Raises StatsError."""
+    """The runs' final bpb minus the base's, and the test that applies. Raises StatsError."""
     _, scores = final_scores(runs)
     tokens, text_bytes = validation_text(scores)
     ours = spread([s.val_bpb for s in scores])
     difference = ours.mean - base.bpb.mean
     nats = difference * math.log(2) * text_bytes / tokens if tokens and text_bytes else None
     if base.bytes is None:
-        note = "a lone figure does not say on what text it was measured"
+        note = "the text that the base was measured on is not known to this script"
     elif (base.tokens, base.bytes) != (tokens, text_bytes):
         note = f"{base.name} was measured on another text: the difference means nothing"
     else:
@@ -113,7 +113,7 @@ def t_test(ours: Sequence[float], base: Spread) -> tuple[str, Sequence[float | N
     except ImportError:
         return "none: scipy is not installed (pip install scipy)", undefined
     if base.std is None:
-        name = "one-sample t-test against a single figure"
+        name = "one-sample t-test, the base taken as exact (its own deviation is not known)"
         results = [
             stats.ttest_1samp(ours, base.mean, alternative=side) for side in ("two-sided", "less")
         ]

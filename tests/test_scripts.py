@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -84,11 +85,16 @@ SCRIPT_TEXT = 'import argparse\nargparse.ArgumentParser(description="a trainer")
 SCRIPT_SHA = hashlib.sha256(SCRIPT_TEXT.encode()).hexdigest()
 
 
-def complete_log(seed: int, **config: object) -> str:
-    """A log of 40 steps of 10, 20 and 30 ms with 1, 2 and 3 passes, as the trainer writes it."""
+def complete_log(
+    seed: int, *, best: float = 2.0, text_bytes: int = 151080891, **config: object
+) -> str:
+    """A log of 40 steps of 10, 20 and 30 ms with 1, 2 and 3 passes, as the trainer writes it.
+
+    Its final bpb is `best` and 0.01 for each seed.
+    """
     settings = {"seed": seed, "max_wallclock_seconds": 600.0, "data_path": "data/datasets/x"}
     settings |= {"tokenizer_path": "data/t.model", "sliding_eval": True, "ttt_enabled": True}
-    bpb = 2.0 + seed % 7 / 100
+    bpb = best + seed % 7 / 100
     lines = [
         f"run run_id:train_seed{seed} started:20260102_030405",
         f"code name:train_gpt.py bytes:{len(SCRIPT_TEXT)} sha256:{SCRIPT_SHA}",
@@ -115,20 +121,26 @@ def complete_log(seed: int, **config: object) -> str:
                 f"step:{step}/40 train_loss:2.5 train_bpb:1.5 train_time:{clock}ms step_avg:1ms"
             )
         clock += 10 * growth[max(s for s in growth if s <= step)]
-    score = f"val_loss:{2 * bpb:.8f} val_bpb:{{:.8f}} tokens:62021845 bytes:151080891 seconds:9.5"
+
+    def score(name: str, bpb: float) -> str:
+        nats = bpb * math.log(2) * text_bytes / 62021845
+        counts = f"tokens:62021845 bytes:{text_bytes} seconds:9.5"
+        return f"{name} val_loss:{nats:.8f} val_bpb:{bpb:.8f} {counts}"
+
     return "\n".join(
         [
             *lines,
             "stop step:40 train_time:700ms step_avg:17.50ms peak_memory_mib:21000",
             "phase name:training seconds:0.7",
-            f"pre_quant_exact {score.format(bpb + 0.01)}",
+            score("pre_quant_exact", bpb + 0.01),
             f"artifact path:x code_bytes:{len(SCRIPT_TEXT)} model_bytes:15900000 "
             f"total_bytes:{15900000 + len(SCRIPT_TEXT)} margin_bytes:1",
             "phase name:export seconds:20.25",
-            f"final_int6_roundtrip_exact {score.format(bpb + 0.02)}",
-            f"final_int6_sliding_window_exact {score.format(bpb + 0.005)}",
-            "ttt_chunk chunk:94/1893 val_bpb:2.1 time:9.0s",
-            f"legal_ttt_exact {score.format(bpb)}",
+            score("final_int6_roundtrip_exact", bpb + 0.02),
+            score("final_int6_sliding_window_exact", bpb + 0.005),
+            "ttt_chunk chunk:10/20 val_bpb:2.1 time:4.0s",
+            f"ttt_chunk chunk:20/20 val_bpb:{bpb:.6g} time:9.0s",
+            f"{score('legal_ttt_exact', bpb)} epochs:57/57",
             "phase name:evaluation seconds:300.5\n",
         ]
     )
@@ -307,6 +319,8 @@ def test_comparisons_agree_with_scipy_on_the_raw_values():
     figure = seed_stats.Base("a figure", seed_stats.Spread(1.15, None, 1))
     single = seed_stats.compare(runs_with(ours), figure)
     assert single.p == pytest.approx(stats.ttest_1samp(ours, 1.15).pvalue)
+    assert "the base taken as exact" in single.test
+    assert "is not known to this script" in single.note
 
 
 def test_comparisons_say_why_there_is_none(monkeypatch):
@@ -724,6 +738,10 @@ def test_packaging_is_deterministic_and_follows_from_the_logs(source, tmp_path):
     assert found["leaderboard_comparable"] is True
     assert found["hardware"] == "8x NVIDIA H100 80GB HBM3"
     assert found["comparison"]["val_bpb"] == pytest.approx(-0.48)
+    logs = [f"train_seed{seed}.log" for seed in (1, 2, 3)]
+    assert found["files"] == {
+        name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in logs
+    }
     assert check_record.check(one) == []
     with pytest.raises(record.RecordError, match="exists"):
         packaged(source, tmp_path / "a" / "records", base=base)
@@ -750,6 +768,16 @@ def remove(name: str):
 
 def put(name: str, text: str):
     return lambda folder: (folder / name).write_text(text)
+
+
+def rewrite(**options: object):
+    """Other logs, complete and in agreement with themselves."""
+
+    def change(folder: Path) -> None:
+        for seed in (1, 2, 3):
+            (folder / f"train_seed{seed}.log").write_text(complete_log(seed, **options))
+
+    return change
 
 
 def remove_logs(folder: Path) -> None:
@@ -852,10 +880,7 @@ REFUSALS = {
         "neither a number",
     ),
     "other hardware in all": (edit("*.log", "H100", "A100"), "for runs on FineWeb with 8 H100"),
-    "other text in all": (
-        edit("*.log", "bytes:151080891", "bytes:151"),
-        "for runs on FineWeb with 8 H100",
-    ),
+    "other text in all": (rewrite(text_bytes=151_000_000), "for runs on FineWeb with 8 H100"),
     "unknown track": (
         edit("submission.json", "track_10min_16mb", "track_x"),
         "there is no track track_x",
@@ -865,24 +890,149 @@ REFUSALS = {
         edit("submission.json", '"comparison": null', '"comparison": {"base": 1}'),
         "names no base",
     ),
-    "README headline": (
-        edit("README.md", "**val_bpb 2.02000", "**val_bpb 1.02000"),
-        "its headline",
-    ),
-    "README table": (edit("README.md", "| 2.01000 |", "| 1.01000 |"), "its results table"),
     "versions listed": (
         edit("requirements.txt", "numpy==2.3.5", "numpy"),
         "requirements.txt does not list",
     ),
+    "a text in two lines": (
+        edit("submission.json", '"What it is."', '"What it is.\\n\\n## Results"'),
+        "more than a line for blurb",
+    ),
+    "a key twice": (
+        edit("submission.json", '{\n  "name"', '{\n  "std": 0.001,\n  "name"'),
+        "has a key twice",
+    ),
+    "no character": (edit("submission.json", "A name", "A \\ud800"), "is not laid out"),
+    "no sums": (edit("submission.json", '"files"', '"sums"'), "submission.json has no files"),
+    "a folder": (lambda folder: (folder / "x.png").mkdir(), "x.png is no file"),
 }
+STEP_LINE = "step:10/40 train_loss:2.5 train_bpb:1.5 train_time:100ms step_avg:1ms"
+# What only the sums of logs and pictures tell.
+CHANGED = {
+    "log with CRLF": (edit("train_seed1.log", "\n", "\r\n"), "train_seed1.log was changed"),
+    "step deleted": (edit("train_seed1.log", f"{STEP_LINE}\n", ""), "train_seed1.log was changed"),
+    "other train_loss": (edit("train_seed2.log", "loss:2.5", "loss:2.4"), "seed2.log was changed"),
+    "junk": (edit("train_seed3.log", "seconds:300.5\n", "seconds:300.5\n??\n"), "was changed"),
+    "other picture": (put("loss.png", "other"), "loss.png was changed: its sha256 is"),
+    "swapped pictures": (
+        lambda folder: shutil.copy(folder / "loss.png", folder / "bytes.png"),
+        "bytes.png was changed",
+    ),
+    "no picture": (remove("loss.png"), "loss.png is missing: submission.json lists it"),
+    "one more picture": (put("more.png", ""), "more.png was not packaged"),
+}
+# What a log says of itself: (old, new) in the log of seed 1, and the reason.
+CONTRADICTIONS = {
+    "bpb": (" val_bpb:2.01000000 ", " val_bpb:2.01000002 ", "legal_ttt_exact has val_bpb:2.0"),
+    "loss": ("pre_quant_exact val_loss:3", "pre_quant_exact val_loss:2", "quant_exact has val_bpb"),
+    "tokens": ("tokens:62021846", "tokens:62021847", "tokens:62021845, not 1 less than data"),
+    "no val": ("data split:val", "data split:x", "not 1 less than data split:val, tokens:None"),
+    "no bytes": (" bytes:151080891 seconds:9.5 ep", " ep", "legal_ttt_exact lacks val_loss"),
+    "two texts": ("80891 seconds:9.5 ep", "80892 seconds:9.5 ep", "scores are of different texts"),
+    "chunk": ("20/20 val_bpb:2.01", "20/20 val_bpb:2.01001", "last ttt_chunk has val_bpb:2.01001"),
+    "epochs": ("epochs:57/57", "epochs:58/57", "legal_ttt_exact has epochs:58/57"),
+    "no epochs": ("epochs:57/57", "epochs:57", "legal_ttt_exact has epochs:57"),
+    "step": ("step:40/40", "step:41/40", "a line is of step 41, training stopped after step 40"),
+    "phase": ("passes step:30", "passes step:50", "a line is of step 50"),
+    "clock": ("stop step:40 train_time:700ms", "stop step:40 train_time:699ms", "ended at 0.700 s"),
+    "model": ("parameters:26700800", "parameters:26700801", "differ in model"),
+    "two models": (
+        "phase name:export",
+        "model parameters:1 attention:sdpa compile:on\nphase name:export",
+        "its model lines have parameters:1, 26700800",
+    ),
+}  # fmt: skip
+# (old, new) in README.md, and what is said of the first line that differs.
+README_CHANGES = {
+    "title": ("# A name: 2nd", "# A name: 3rd", "line 1 has '# A name: 3rd', the logs give"),
+    "headline": ("**val_bpb 2.02000", "**val_bpb 1.02000", "line 3 has '**val_bpb 1.02000"),
+    "blurb": ("What it is.", "What it was.", "What it was.'"),
+    "results": ("| 2.01000 |", "| 1.01000 |", "| 1.01000 |"),
+    "times": ("| 10.00 | 20.00 |", "| 10.00 | 19.00 |", "| 10.00 | 19.00 |"),
+    "row": ("| std |", "| deviation |", "line "),
+    "command": ("SLIDING_EVAL=True", "SLIDING_EVAL=False", "SLIDING_EVAL=False"),
+    "pictures": ("![loss](loss.png)\n", "", "the logs give '![loss](loss.png)'"),
+    "other picture": ("](loss.png)", "](bytes.png)", "has '![loss](bytes.png)'"),
+    "versions": ("- numpy: 2.3.5", "- numpy: 2.3.4", "has '- numpy: 2.3.4'"),
+    "sha256": (SCRIPT_SHA, "0" * 64, "sha256 `000"),
+    "section": ("## Data", "## Results\n\nval_bpb 1.0\n\n## Data", "has '## Results'"),
+    "not checked": ("not checked.*", "checked.*", "words, checked.*"),
+    "line ends": ("\n", "\r\n", "line 1 has '# A name: 2nd\\r'"),
+    "cut": ("\n\nNothing.\n", "", "has '', the logs give ''"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def a_record(tmp_path_factory) -> Path:
+    """A packaged record of the contest's track, with two pictures."""
+    folder = tmp_path_factory.mktemp("packaged")
+    figures = [folder / "loss.png", folder / "bytes.png"]
+    for path in figures:
+        path.write_text(path.name)
+    (folder / "train_gpt.py").write_text(SCRIPT_TEXT)
+    rewrite()(folder)
+    return packaged(folder, folder / "records", figures=figures)
+
+
+@pytest.fixture
+def copied(a_record, tmp_path) -> Path:
+    return Path(shutil.copytree(a_record, tmp_path / a_record.parent.name / a_record.name))
+
+
+def test_a_record_stands(copied):
+    assert check_record.check(copied) == []
+    edit("README.md", "Nothing.", "## Notes\n\nare the author's own.")(copied)
+    assert check_record.check(copied) == []
+
+
+def test_a_test_that_cannot_be_repeated_is_believed(source, tmp_path, monkeypatch):
+    """Without scipy only: t of one seed is none, whatever its submission.json says."""
+    base = seed_stats.Base("published", seed_stats.Spread(2.5, 0.01, 3))
+    folder = packaged(source, tmp_path / "three", base=base)
+    for seed in (1, 2):
+        (source / f"train_seed{seed}.log").unlink()
+    single = packaged(source, tmp_path / "one", base=base)
+    edit("submission.json", '"t": null', '"t": -9.0')(single)
+    assert check_record.check(single) == [
+        "submission.json: comparison.t is -9.0, the logs give None"
+    ]
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert check_record.check(folder) == []
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_record_is_refused(case, source, tmp_path):
+def test_a_record_is_refused(case, copied):
     change, reason = REFUSALS[case]
-    folder = packaged(source, tmp_path / "records")
-    change(folder)
-    assert reason in "\n".join(check_record.check(folder))
+    change(copied)
+    assert reason in "\n".join(check_record.check(copied))
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_file_is_refused(case, copied):
+    change, reason = CHANGED[case]
+    change(copied)
+    assert reason in check_record.check(copied)[0]
+
+
+@pytest.mark.parametrize("case", README_CHANGES)
+def test_a_changed_readme_is_refused(case, copied):
+    old, new, reason = README_CHANGES[case]
+    edit("README.md", old, new)(copied)
+    [error] = check_record.check(copied)
+    assert error.startswith("README.md: line ")
+    assert reason in error
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_log_that_contradicts_itself_is_refused(case):
+    """By packaging and by the check, which both ask build_submission."""
+    old, new, reason = CONTRADICTIONS[case]
+    text = complete_log(1)
+    assert old in text
+    runs = [build(text.replace(old, new)), build(complete_log(2), "train_seed2.log")]
+    errors = list(record.consistency_errors(runs))
+    assert reason in "\n".join(errors)
+    assert all("train_seed1.log" in error for error in errors)
 
 
 def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path):
@@ -895,6 +1045,10 @@ def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path):
 
     assert "figures are .png" in refusal(figures=[tmp_path / "x.png"])
     assert "figures are .png" in refusal(figures=[source / "train_gpt.py"])
+    figures = [tmp_path / "x.png", source / "x.png"]
+    for path in figures:
+        path.touch()
+    assert "two figures have one name" in refusal(figures=figures)
     (source / "train_gpt.py").write_text(SCRIPT_TEXT + "#")
     assert "made by another script" in refusal()
     (source / "train_gpt.py").write_text(SCRIPT_TEXT)
@@ -914,14 +1068,14 @@ def test_the_root_speaks_for_the_best_record(source, tmp_path, monkeypatch, caps
     monkeypatch.setattr(check_record, "RECORDS", records)
     assert package_record.update_root(records) is None
 
-    def add(name: str, **changes: str) -> Path:
-        for old, new in changes.items():
-            edit("*.log", old.replace("__", ":"), new)(source)
+    def add(name: str, *changes) -> Path:
+        for change in changes:
+            change(source)
         return packaged(source, records, identity=dataclasses.replace(IDENTITY, name=name))
 
     official = add("official")
-    better = add("better", **{"val_bpb__2.": "val_bpb:1."})
-    on_cpu = add("on a CPU", **{"val_bpb__1.": "val_bpb:0.", "peak_memory_mib__21000": "x:1"})
+    better = add("better", rewrite(best=1.0))
+    on_cpu = add("on a CPU", rewrite(best=0.5), edit("*.log", "peak_memory_mib:21000", "x:1"))
     assert official.parent.name == better.parent.name == record.TEN_MINUTE_TRACK
     assert on_cpu.parent.name == record.OPEN_TRACK
     assert package_record.update_root(records) == better
