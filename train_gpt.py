@@ -801,7 +801,7 @@ def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def choose_attention(hp: Hyperparameters, runtime: Runtime) -> tuple[str, Attend]:
+def choose_attention(hp: Hyperparameters, runtime: Runtime, log: Log) -> tuple[str, Attend]:
     """The first kernel that runs forward and backward here, and what the log calls it."""
     # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention 2,
     # PyTorch's own first choice: 3.64 ms.
@@ -819,10 +819,12 @@ def choose_attention(hp: Hyperparameters, runtime: Runtime) -> tuple[str, Attend
         probe = torch.compile(attend, fullgraph=True) if traced else attend
         try:
             probe(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
-        except Exception:
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            log.event("attention_skipped", kernel=name, reason=reason)
             continue
         return name, attend
-    raise UserError(f"attention={hp.attention} does not run here: use auto")
+    raise UserError(f"attention={hp.attention} does not run here ({reason}): use auto")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1919,7 +1921,7 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
 
 
 def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
-    name, attend = choose_attention(hp, runtime)
+    name, attend = choose_attention(hp, runtime, log)
     on = hp.compile == "on" or (hp.compile == "auto" and runtime.device.type == "cuda")
     torch._dynamo.config.recompile_limit = 128
     torch.manual_seed(hp.seed)

@@ -12,6 +12,7 @@ from train_gpt import (
     BANKS,
     GPT,
     Hyperparameters,
+    Log,
     UserError,
     bigram_rows,
     choose_attention,
@@ -258,12 +259,15 @@ def test_fast_attention_is_plain_attention(heads):
         torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
 
 
-def test_the_attention_that_is_asked_for_runs_or_is_refused(tiny, runtime):
-    assert choose_attention(tiny(attention="plain"), runtime) == ("plain", plain_attention)
-    name, attend = choose_attention(tiny(), runtime)
+def test_the_attention_that_is_asked_for_runs_or_is_refused(tiny, runtime, tmp_path):
+    log = Log(tmp_path / "log.txt")
+    assert choose_attention(tiny(attention="plain"), runtime, log) == ("plain", plain_attention)
+    name, attend = choose_attention(tiny(), runtime, log)
     assert (name.split("_")[0], attend) == ("sdpa", sdpa_attention)
-    with pytest.raises(UserError, match="attention=fa3"):
-        choose_attention(tiny(attention="fa3"), runtime)
+    with pytest.raises(UserError, match=r"attention=fa3 does not run here \(No module"):
+        choose_attention(tiny(attention="fa3"), runtime, log)
+    skipped = "attention_skipped kernel:fa3 reason:No%20module%20named%20'flash_attn_interface'\n"
+    assert log.early.getvalue() == 2 * skipped
 
 
 # ----------------------------------------------------------------------------------- compilation
