@@ -147,6 +147,12 @@ class BranchTrainer(Trainer):
             raise Reached
         return super().announce(step, progress, before, plan)
 
+    def train_whole(self) -> None:
+        """Trains to the end. A signal ends the program: half a branch compares with nothing."""
+        code = self.train()
+        if code:
+            sys.exit(code)
+
     def snapshot(self) -> Snapshot:
         average, named = self.average, self.flat.named
         tensors = {
@@ -208,7 +214,7 @@ class Comparison:
     def trunk(self, at: float) -> Snapshot:
         trainer = self.trainer(self.hp, self.log, until=at)
         try:
-            trainer.train()
+            trainer.train_whole()
         except Reached:
             return trainer.snapshot()
         raise UserError(f"--at {at}: training had ended before, use a smaller one")
@@ -218,7 +224,7 @@ class Comparison:
         name = label.replace(" ", "_").replace("/", "_").replace(os.sep, "_")
         log = Notes(self.folder / f"{name}.txt")
         trainer = self.trainer(hp, log, start=start)
-        trainer.train()
+        trainer.train_whole()
         flat, model, score = trainer.flat, trainer.model, trainer.evaluator.run
         row = {"branch": label, "steps": log.last["stop"]["step"]}
         score("pre_quant_exact", model, hp.train_seq_len, hp.passes_in_evaluation)

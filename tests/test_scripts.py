@@ -1289,6 +1289,22 @@ def test_a_branch_goes_on_as_if_never_cut(env_file, tmp_path, capsys, monkeypatc
     assert compare_branches.labels(["", "a=1  b=2", ""]) == ["run", "a=1 b=2", "run (2)"]
 
 
+def test_a_signal_ends_the_comparison(env_file, tmp_path, monkeypatch):
+    for name, value in trainer_runs.read_env_file(env_file).items():
+        monkeypatch.setenv(name, value)
+    announce = compare_branches.BranchTrainer.announce
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return announce(self, *arguments)
+
+    monkeypatch.setattr(compare_branches.BranchTrainer, "announce", interrupted)
+    with pytest.raises(SystemExit) as end:
+        branches(tmp_path, "--at", "0.9", "--branch", "muon_wd=0")
+    assert end.value.code == train_gpt.EXIT_EXPORTED
+    assert [path.name for path in (tmp_path / "branches").iterdir()] == ["trunk.txt"]
+
+
 def test_branches_say_what_is_wrong(env_file, tmp_path, capsys, monkeypatch):
     for name, value in trainer_runs.read_env_file(env_file).items():
         monkeypatch.setenv(name, value)
