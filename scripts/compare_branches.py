@@ -25,6 +25,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -221,7 +222,7 @@ class Comparison:
 
     def branch(self, label: str, hp: Hyperparameters, start: Snapshot) -> dict[str, Any]:
         """Trains and scores a branch; its row of the table."""
-        name = label.replace(" ", "_").replace("/", "_").replace(os.sep, "_")
+        name = re.sub(r"[^\w=.,:()-]", "_", label)
         log = Notes(self.folder / f"{name}.txt")
         trainer = self.trainer(hp, log, start=start)
         trainer.train_whole()

@@ -355,8 +355,6 @@ def requirements(run: Run) -> str:
     versions = run.last("versions").pairs
     names = [name for name in versions if name not in ("python", "cuda")]
     lines = [f"{name}=={versions[name].split('+')[0]}" for name in names]
-    if run.last("model").pairs.get("attention") == "fa3":
-        lines.append("# attention ran on FlashAttention 3: install flash_attn_interface")
     return "\n".join(lines) + "\n"
 
 

@@ -90,7 +90,7 @@ def test_the_file_alone_is_the_trainer():
     modules = [a.name for n in ast.walk(TREE) if isinstance(n, ast.Import) for a in n.names]
     modules += [n.module for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)]
     names = {module.split(".")[0] for module in modules}
-    packages = {"torch", "numpy", "sentencepiece", "flash_attn_interface"}
+    packages = {"torch", "numpy", "sentencepiece"}
     assert names - set(sys.stdlib_module_names) == packages
     assert not names & {"pickle", "marshal", "shelve", "subprocess", "socket"}
     attributes = {n.attr for n in ast.walk(TREE) if isinstance(n, ast.Attribute)}
