@@ -56,7 +56,7 @@ KNOWN_EVENTS = {
     *("run", "code", "versions", "device", "data", "config", "model", "phase", "stop", "artifact"),
     *("progressive_passes", "swa", "late_qat", "weight_average", "export_probe", "ttt_chunk"),
     *("validation", "evaluated", "resume", "checkpoint", "checkpoint_failed", "checkpoint_damaged"),
-    *("warning", "failed"),
+    *("warning", "failed", "attention_skipped"),
     *SCORES.values(),
 }
 # Events of training: those that tell of the steps up to theirs, those with which one begins.

@@ -607,6 +607,16 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     assert "Not a leaderboard figure" in (folder / "README.md").read_text()
 
 
+def test_the_parser_knows_every_word_that_the_trainer_writes():
+    calls = [
+        n for n in ast.walk(ast.parse((ROOT / "train_gpt.py").read_text())) if type(n) is ast.Call
+    ]
+    calls = [n for n in calls if getattr(n.func, "attr", "") in ("event", "run", "report")]
+    words = {n.args[0].value for n in calls if n.args and type(n.args[0]) is ast.Constant}
+    assert {"attention_skipped", "legal_ttt_exact", "pre_quant_exact"} < words
+    assert words <= run_log.KNOWN_EVENTS
+
+
 def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
     for options, text in (
         (["--seeds", "1 x"], "'x' is no seed"),
