@@ -11,6 +11,7 @@ import train_gpt
 from train_gpt import (
     BANKS,
     GPT,
+    Heads,
     Hyperparameters,
     Log,
     UserError,
@@ -242,6 +243,26 @@ def test_xsa_leaves_nothing_along_the_own_value():
 
 
 # ------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+def test_the_gradient_of_heads_is_their_slope(heads):
+    """Against differences in float64, a gain of 0 included; bfloat16 against float64."""
+    torch.manual_seed(0)
+    query, key = heads
+    x, gain = torch.randn(2, 3, query + 2 * key, 6), torch.randn(query)
+    gain[0] = 0.0
+    angles = torch.rand(3, 2)
+    inputs = [t.double().requires_grad_() for t in (x, gain)]
+    rope = (angles.cos().double(), angles.sin().double())
+    assert torch.autograd.gradcheck(lambda *pair: Heads.apply(*pair, *rope), inputs)
+    weights, results = [torch.randn_like(y) for y in Heads.apply(*inputs, *rope)], []
+    for dtype in (torch.float64, torch.bfloat16):
+        pair = [t.detach().bfloat16().to(dtype).requires_grad_() for t in (x, gain)]
+        total = sum((y * w).sum() for y, w in zip(Heads.apply(*pair, *rope), weights, strict=True))
+        results.append(torch.autograd.grad(total, pair))
+    for exact, rounded in zip(*results, strict=True):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
