@@ -1934,7 +1934,7 @@ def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
     on = hp.compile == "on" or (hp.compile == "auto" and runtime.device.type == "cuda")
     torch._dynamo.config.recompile_limit = 128
     if hasattr(torch._inductor.config.triton, "mix_order_reduction"):  # since torch 2.10
-        # Sums over tokens inside the norms' backward: 703 us a layer where apart they take 384.
+        # With sums over tokens inside it the norms' backward takes 50 ms of an H100's step, not 38.
         torch._inductor.config.triton.mix_order_reduction = False
     torch.manual_seed(hp.seed)
     model = GPT(hp, runtime.dtype, attend, on).to(runtime.device)

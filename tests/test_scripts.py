@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -461,12 +462,16 @@ VARIABLE = re.compile("(LOAD|STORE|DELETE)_(NAME|GLOBAL|FAST|DEREF|CLASSDEREF)")
 FREE_TO_DIFFER = {"MAKE_CELL", "LOAD_CLOSURE", "PUSH_NULL", "EXTENDED_ARG"}
 
 
-def instructions(code) -> list[tuple[str, object]]:
-    kept = (i for i in dis.get_instructions(code) if i.opname not in FREE_TO_DIFFER)
-    jumps = {*dis.hasjrel, *dis.hasjabs}
-    return [
-        (i.opname.replace("METHOD", "ATTR"), None if i.opcode in jumps else i.argval) for i in kept
-    ]
+def instructions(code) -> Iterator[tuple[str, object]]:
+    jumps, cells = {*dis.hasjrel, *dis.hasjabs}, {*code.co_cellvars, *code.co_freevars}
+    for i in dis.get_instructions(code):
+        operations, values = [i.opname.replace("METHOD", "ATTR")], [i.argval]
+        if isinstance(i.argval, tuple) and VARIABLE.match(i.opname):  # two in one, since 3.13
+            operations, values = re.findall("[A-Z]+_FAST", i.opname), i.argval
+        for operation, value in zip(operations, values, strict=True):
+            closure = operation == "LOAD_FAST" and value in cells  # LOAD_CLOSURE until 3.12
+            if operation not in FREE_TO_DIFFER and not closure:
+                yield operation, None if i.opcode in jumps else value
 
 
 def assert_renamed(old, new, top: dict[str, str], unit: dict[str, str]) -> None:
@@ -476,10 +481,8 @@ def assert_renamed(old, new, top: dict[str, str], unit: dict[str, str]) -> None:
         if inspect.iscode(a):
             assert_renamed(a, b, top, unit if old.co_flags & inspect.CO_OPTIMIZED else {})
         elif VARIABLE.match(operation):
-            pair = ([names] if isinstance(names, str) else names for names in (a, b))
-            for name, changed in zip(*pair, strict=True):
-                assert unit.setdefault(name, changed) == changed
-                assert "GLOBAL" not in operation or top.setdefault(name, changed) == changed
+            assert unit.setdefault(a, b) == b
+            assert "GLOBAL" not in operation or top.setdefault(a, b) == b
         elif a != b:  # the name of a class, or an annotation
             assert (operation, unit.setdefault(a, b)) == ("LOAD_CONST", b)
     assert len(set(unit.values())) == len(unit)
