@@ -134,7 +134,6 @@ class Hyperparameters:
     on_signal: str = opt("export", "export|checkpoint", "after SIGTERM or SIGINT; then the end")
     dtype: str = opt("auto", "auto|bfloat16|float32", "arithmetic; auto: bfloat16 on a GPU only")
     compile: str = opt("auto", "auto|on|off", "torch.compile; auto: on a GPU only")
-    attention: str = opt("auto", "auto|sdpa|plain", "kernel; auto: sdpa where it runs")
 
     data_path: str = opt("./data/datasets/fineweb10B_sp1024", "", "folder of the shards", "data")
     tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model", "", "SentencePiece model")
@@ -665,8 +664,7 @@ class BatchLoader:
 # --------------------------------------------------------------------------------------------------
 # 5. Layers: pure functions of tensors
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, (T, rope_dims/2)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, T, H, E), k and v (B, T, G, E)
+Rope = tuple[Tensor, Tensor, int]  # cos and sin (T, E), rope_dims / 2
 
 
 class Layer(NamedTuple):
@@ -691,21 +689,29 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-def rotary_table(hp: Hyperparameters) -> Rope:
-    """cos and sin of every position's angles; the base is NTK-scaled beyond 1,024 tokens."""
+def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """cos and signed sin (T, E) of every position's angles, 1 and 0 where no dim turns.
+
+    The base is NTK-scaled beyond 1,024 tokens.
+    """
     length, dims = hp.train_seq_len, hp.rope_dims
     stretch = max(1.0, length / 1024) ** (dims / max(1, dims - 2))
     frequency = (hp.rope_base * stretch) ** -(torch.arange(0, dims, 2).float() / max(1, dims))
     angles = torch.outer(torch.arange(length).float(), frequency)
-    return angles.cos(), angles.sin()
+    still = torch.zeros(length, hp.model_dim // hp.num_heads - dims)
+    unsigned, signed = (torch.cat([sign * angles, angles, still], 1) for sign in (1, -1))
+    return unsigned.cos(), signed.sin()
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turns the first dims of each head of x (B, T, H, E) by its position (half-split pairs)."""
-    cos, sin = (t[:, None].to(x.dtype) for t in rope)  # (T, 1, rope_dims/2)
-    half = cos.size(-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
+    """Turns the first 2*half dims of each head of x (B, T, H, E), i with i+half, by its position.
+
+    Exchanged halves times a signed sine make one kernel of q's and k's norm, turn and gain, 0.11 ms
+    for 98,304 tokens on an H100; pieces turned one by one and put together made four, 0.20 ms.
+    """
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
+    return x * cos + torch.cat([b, a, rest], dim=-1) * sin
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -719,35 +725,46 @@ class Heads(torch.autograd.Function):
     """q = gain rot(n(x_q)), k = rot(n(x_k)), v = x_v of x (B, T, H+2G, E); n: rms_norm of a head.
 
     Written out for its backward: with u = rot^T dq the gradients of the norm and of the gain need
-    one and the same sum, u^T n. Autograd's own backward moves more memory: with it a layer took
-    6.62 ms forward and backward for 98,304 tokens on an H100, with this one 6.31.
+    one and the same sum, u^T n. Autograd's own backward moves more memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, half: int
+    ) -> tuple[Tensor, ...]:
+        H, G = len(gain), (x.size(2) - len(gain)) // 2
+        gain = F.pad(gain, (0, G), value=1.0)[:, None]
         ctx.save_for_backward(x, gain, cos, sin)
-        q, k, v = x.split([len(gain)] + 2 * [(x.size(2) - len(gain)) // 2], dim=2)
-        return gain[:, None] * rotate(rms_norm(q), (cos, sin)), rotate(rms_norm(k), (cos, sin)), v
+        ctx.half = half
+        qk, v = x.split([H + G, G], dim=2)
+        q, k = (gain * rotate(rms_norm(qk), cos, sin, half)).split([H, G], dim=2)
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, cos, sin = ctx.saved_tensors
         exact = torch.promote_types(x.dtype, torch.float32)
-
-        def through_norm(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-            x, u = x.to(exact), rotate(d, (cos, -sin)).to(exact)
-            scale = (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
-            n = scale * x
-            along = (u * n).sum(-1, keepdim=True)
-            return scale * (u - n * along / x.size(-1)), along
-
-        q, k, _ = x.split([d.size(2) for d in (dq, dk, dv)], dim=2)
-        (dq, along), (dk, _) = through_norm(q, dq), through_norm(k, dk)
-        dx = torch.cat([(gain[:, None] * dq).to(x.dtype), dk.to(x.dtype), dv], dim=2)
-        return dx, along.sum((0, 1, 3)).to(gain.dtype), None, None
+        x, u = x[:, :, : len(gain)].to(exact), torch.cat([dq, dk], dim=2)
+        u = rotate(u, cos, -sin, ctx.half).to(exact)
+        scale = (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
+        n = scale * x
+        along = (u * n).sum(-1, keepdim=True)
+        dx = gain * scale * (u - n * along / x.size(-1))
+        dgain = along.sum((0, 1, 3))[: dq.size(2)].to(gain.dtype)
+        return torch.cat([dx.to(dv.dtype), dv], dim=2), dgain, None, None, None
 
 
-def attention(x: Tensor, layer: Layer, rope: Rope, attend: Attend) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(E)) v of the past: q (B, T, H, E), k and v (B, T, G, E) -> q's shape."""
+    if q.device.type == "cpu":  # its kernel is faster with copied heads than with grouped ones
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
+    grouped = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def attention(x: Tensor, layer: Layer, rope: Rope) -> Tensor:
     """Causal grouped-query attention, (B, T, D) -> (B, T, D)."""
     x = F.linear(x, layer.qkv).unflatten(-1, (-1, layer.out.size(0) // layer.q_gain.numel()))
     q, k, v = Heads.apply(x, layer.q_gain, *rope)
@@ -761,17 +778,20 @@ def mlp(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, layer.mlp_up), 0.5).square(), layer.mlp_down)
 
 
-def block(x: Tensor, layer: Layer, x0: Tensor, rope: Rope, attend: Attend) -> Tensor:
+def block(x: Tensor, layer: Layer, x0: Tensor, rope: Rope) -> Tensor:
     """One layer of the stream x (B, T, D) that started from x0."""
     x = x if layer.skip is None else x + layer.skip[1] * layer.skip[0]
     x = layer.resid_mix[0] * x + layer.resid_mix[1] * x0
-    x = x + attention(rms_norm(x), layer, rope, attend)
+    x = x + attention(rms_norm(x), layer, rope)
     return x + mlp(rms_norm(x), layer)
 
 
-def stack(x: Tensor, layers: list[Layer], *inputs: Any, block: Callable = block) -> list[Tensor]:
-    """The outputs of consecutive layers; compiled as one, for its kernels join across layers."""
-    return [x := block(x, layer, *inputs) for layer in layers]
+def stack(
+    x: Tensor, layers: list[Layer], *inputs: Any, keep: int, block: Callable = block
+) -> list[Tensor]:
+    """The last `keep` outputs of consecutive layers; compiled as one, for its kernels join across
+    layers. (An output that nothing uses would cost a gradient of zeros.)"""
+    return [x := block(x, layer, *inputs) for layer in layers][-keep:]
 
 
 def bigram_rows(ids: Tensor, num_rows: int) -> Tensor:
@@ -793,53 +813,34 @@ def embed(
 
 
 def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy in nats of each target: x (B, T, D), targets (B, T) -> (B, T) float32."""
+    """Cross-entropy in nats of each target: x (B*T, D), targets (B*T,) -> (B*T,) float32."""
     logits = F.linear(rms_norm(x), table.to(x.dtype)).float()
     logits = softcap * torch.tanh(logits / softcap)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none")
-    return losses.view_as(targets)
+    return F.cross_entropy(logits, targets.long(), reduction="none")
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition, with the whole (T, T) matrix in float32: the reference of the next."""
-    k, v = (t.float().repeat_interleave(q.size(2) // k.size(2), dim=2) for t in (k, v))
-    scores = torch.einsum("bthe,bshe->bhts", q.float(), k) / math.sqrt(q.size(-1))
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
-    return torch.einsum("bhts,bshe->bthe", weights, v).to(q.dtype)
+def choose_attention(hp: Hyperparameters, runtime: Runtime, log: Log) -> str:
+    """Has PyTorch take cuDNN's kernel if that runs here, forward and backward; the log's name."""
+    if runtime.device.type != "cuda":
+        return "sdpa"
 
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.device.type == "cpu":  # its kernel is faster with copied heads than with grouped ones
-        k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
-    grouped = q.size(1) != k.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return y.transpose(1, 2)
-
-
-def choose_attention(hp: Hyperparameters, runtime: Runtime, log: Log) -> tuple[str, Attend]:
-    """The first kernel that runs forward and backward here, and what the log calls it."""
-    # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention 2,
-    # PyTorch's own first choice: 3.64 ms.
-    kernels = {"sdpa_cudnn": sdpa_attention, "sdpa": sdpa_attention, "plain": plain_attention}
-    like = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
-    heads, on_gpu = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads), runtime.device.type == "cuda"
-    head_dim = hp.model_dim // hp.num_heads
-    for name, attend in kernels.items():
-        cudnn = name == "sdpa_cudnn"
-        if hp.attention not in ("auto", name.split("_")[0]) or (cudnn and not on_gpu):
-            continue
+    def allow(cudnn: bool) -> None:
         for backend in ("cudnn", "flash", "mem_efficient", "math"):
             getattr(torch.backends.cuda, f"enable_{backend}_sdp")(cudnn == (backend == "cudnn"))
-        try:
-            attend(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
-        except RuntimeError as error:  # not on this device, or not for these heads
-            reason = str(error).partition("\n")[0]
-            log.event("attention_skipped", kernel=name, reason=reason)
-            continue
-        return name, attend
-    raise UserError(f"attention={hp.attention} does not run here ({reason}): use auto")
+
+    # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention 2,
+    # PyTorch's own first choice: 3.64 ms.
+    allow(cudnn=True)
+    like = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
+    heads, head_dim = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads), hp.model_dim // hp.num_heads
+    try:
+        attend(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
+    except RuntimeError as error:  # not on this device, or not for these heads
+        reason = str(error).partition("\n")[0]
+        log.event("attention_skipped", kernel="sdpa_cudnn", reason=reason)
+        allow(cudnn=False)
+        return "sdpa"
+    return "sdpa_cudnn"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -933,18 +934,20 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def any_size(x: Tensor) -> Tensor:
+    """x, for which one compiled graph is to serve all sizes of its first dim."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
 class GPT(nn.Module):
     """The model. Parameters are float32; `dtype` is what it computes in."""
 
     def __init__(
-        self,
-        hp: Hyperparameters,
-        dtype: torch.dtype = torch.float32,
-        attend: Attend = plain_attention,
-        compile_regions: bool = False,
+        self, hp: Hyperparameters, dtype: torch.dtype = torch.float32, compile_regions: bool = False
     ) -> None:
         super().__init__()
-        self.hp, self.dtype, self.attend = hp, dtype, attend
+        self.hp, self.dtype = hp, dtype
         self.region = compiled if compile_regions else lambda function: function
         L, D, width = hp.num_layers, hp.model_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads
         shapes = {
@@ -1000,8 +1003,9 @@ class GPT(nn.Module):
             w = bank.unflatten(0, (-1, L))
             if qat_floor is None:
                 return w
-            stored = self.region(fake_quantize)(w[:, start:end], qat_floor)
-            return torch.cat([w[:, :start], stored, w[:, end:]], dim=1)
+            before, scope, after = w.split([start, end - start, L - end], dim=1)
+            stored = self.region(fake_quantize)(any_size(scope.flatten(0, 2)), qat_floor)
+            return torch.cat([before, stored.view_as(scope), after], dim=1)
 
         (q, out), (k, v) = by_layer(self.qo_bank), by_layer(self.kv_bank)
         [up], [down] = by_layer(self.mlp_up_bank), by_layer(self.mlp_down_bank)
@@ -1034,32 +1038,36 @@ class GPT(nn.Module):
         score_last: score only so many last positions -> (B, score_last).
         """
         hp, L = self.hp, self.hp.num_layers
-        layers, rope = self.layers(qat_floor), (self.cos, self.sin)
+        layers, rope = self.layers(qat_floor), (self.cos, self.sin, hp.rope_dims // 2)
         for i, value in self.value_embeddings(ids).items():
             layers[i] = layers[i]._replace(value=value)
         names = ("bigram_table", "bigram_proj", "bigram_scale") if hp.bigram_vocab_size else ()
         bigram = tuple(getattr(self, name) for name in names)
-        x0 = self.region(embed)(ids, self.tok_emb, bigram, self.smear_gate, self.dtype)
+        x0 = self.region(embed)(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
 
-        def run(x: Tensor, start: int, end: int) -> list[Tensor]:
-            """x, then the outputs of layers start to end - 1."""
-            inputs = (x, layers[start:end], x0, rope, self.attend)
+        def run(x: Tensor, start: int, end: int, keep: int = 1) -> list[Tensor]:
+            """x, then the outputs of the last `keep` of layers start to end - 1."""
+            inputs = (layers[start:end], x0, rope)
             if not torch.is_grad_enabled():  # three kinds of layer to compile, not three stacks
-                return [x, *stack(*inputs, block=self.region(block))]
-            added = [pair[0] for layer in inputs[1] for pair in (layer.value, layer.skip) if pair]
+                first = x.view_as(x)  # if x were x0 itself, that would be a fourth kind
+                return [x, *stack(first, *inputs, keep=keep, block=self.region(block))]
+            added = [pair[0] for layer in inputs[0] for pair in (layer.value, layer.skip) if pair]
             for t in (x, x0, *added):
-                torch._dynamo.maybe_mark_dynamic(t, 0)  # one graph for all sizes of a batch
-            return [x, *self.region(stack)(*inputs)]
+                any_size(t)
+            return [x, *self.region(stack)(x, *inputs, keep=keep)]
 
-        stem = run(x0, 0, hp.core_start)
+        stem = run(x0, 0, hp.core_start, keep=hp.core_start)
         core = lambda x: run(x, hp.core_start, hp.core_end)[-1]  # noqa: E731
         x, stability = self.recurrence(stem[-1], core, num_passes, self.region)
         skips = zip(stem[:0:-1], self.skip_weight.to(self.dtype).unbind(), strict=False)
         for i, skip in enumerate(skips, hp.core_end):
             layers[i] = layers[i]._replace(skip=skip)
         x = run(x, hp.core_end, L)[-1]
-        last, head = slice(-(score_last or ids.size(1)), None), self.region(token_losses)
-        return head(x[:, last], targets[:, last], self.tok_emb, hp.logit_softcap), stability
+        if score_last:
+            x, targets = x[:, -score_last:], targets[:, -score_last:]
+        scored = any_size(x.flatten(0, 1)), any_size(targets.flatten())
+        losses = self.region(token_losses)(*scored, self.tok_emb, hp.logit_softcap)
+        return losses.view_as(targets), stability
 
 
 def parameter_group(name: str) -> str:
@@ -1930,7 +1938,7 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
 
 
 def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
-    name, attend = choose_attention(hp, runtime, log)
+    name = choose_attention(hp, runtime, log)
     on = hp.compile == "on" or (hp.compile == "auto" and runtime.device.type == "cuda")
     torch._dynamo.config.recompile_limit = 128
     if hasattr(torch._inductor.config.triton, "mix_order_reduction"):  # since torch 2.10
@@ -1938,7 +1946,7 @@ def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
         # 786,432 tokens on an H100 50 ms, where apart they take 38 (torch 2.11).
         torch._inductor.config.triton.mix_order_reduction = False
     torch.manual_seed(hp.seed)
-    model = GPT(hp, runtime.dtype, attend, on).to(runtime.device)
+    model = GPT(hp, runtime.dtype, on).to(runtime.device)
     count = sum(p.numel() for p in model.parameters())
     log.event("model", parameters=count, attention=name, compile="on" if on else "off")
     return model

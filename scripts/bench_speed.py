@@ -447,7 +447,7 @@ def describe(
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "train_gpt_sha256": hashlib.sha256(code).hexdigest(),
-        "attention": choose_attention(hp, runtime, trainer.log)[0],
+        "attention": choose_attention(hp, runtime, trainer.log),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "compiled": trainer.model.region is compiled,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

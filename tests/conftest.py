@@ -1,6 +1,7 @@
 """What the trainer's tests share: tiny data, tiny settings, and processes that act as ranks."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -34,6 +35,14 @@ SETTINGS = {
     "ttt_chunk_tokens": 256, "ttt_batch_seqs": 4,
 }  # fmt: skip
 SHALLOW = {"num_layers": 5, "core_start": 1, "core_end": 3, "ve_layers": "3,4"}
+
+
+def plain_attention(q, k, v):
+    """The definition of train_gpt.attend, with the whole matrix of weights."""
+    k, v = (t.repeat_interleave(q.size(2) // k.size(2), dim=2) for t in (k, v))
+    scores = torch.einsum("bthe,bshe->bhts", q, k) / math.sqrt(q.size(-1))
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.einsum("bhts,bshe->bthe", scores.masked_fill(future, -math.inf).softmax(-1), v)
 
 
 # ---------------------------------------------------------------------------- text, tokens, shards

@@ -1,10 +1,13 @@
 """The model against a plain float64 loop, causality, and the attention kernels."""
 
 import math
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import plain_attention
 from torch.nn.functional import leaky_relu
 
 import train_gpt
@@ -14,13 +17,11 @@ from train_gpt import (
     Heads,
     Hyperparameters,
     Log,
-    UserError,
+    attend,
     bigram_rows,
     choose_attention,
     exclude_self,
     parameter_group,
-    plain_attention,
-    sdpa_attention,
 )
 
 
@@ -144,7 +145,7 @@ def test_rope_is_stretched_beyond_1024_tokens(tiny):
     """The base at 2,048 tokens is 22,082 for 16 dims (NTK scaling)."""
     hp = Hyperparameters(model_dim=64, num_heads=1, num_kv_heads=1, num_layers=11)
     model = GPT(hp)
-    slowest = torch.atan2(model.sin[1, 7], model.cos[1, 7]).item()
+    slowest = torch.atan2(model.sin[1, 15], model.cos[1, 15]).item()
     assert slowest == pytest.approx(22_082 ** (-14 / 16), rel=1e-4)
 
 
@@ -252,9 +253,10 @@ def test_the_gradient_of_heads_is_their_slope(heads, pairs):
     query, key = heads
     x, gain = torch.randn(2, 3, query + 2 * key, 6), torch.randn(query)
     gain[0] = 0.0
-    angles = torch.rand(3, pairs)
+    angles, still = torch.rand(3, pairs, dtype=torch.float64), torch.zeros(3, 6 - 2 * pairs)
+    unsigned, signed = (torch.cat([sign * angles, angles, still], 1) for sign in (1, -1))
     inputs = [t.double().requires_grad_() for t in (x, gain)]
-    rope = (angles.cos().double(), angles.sin().double())
+    rope = (unsigned.cos(), signed.sin(), pairs)
     assert torch.autograd.gradcheck(lambda *pair: Heads.apply(*pair, *rope), inputs)
     weights, results = [torch.randn_like(y) for y in Heads.apply(*inputs, *rope)], []
     for dtype in (torch.float64, torch.bfloat16):
@@ -266,34 +268,43 @@ def test_the_gradient_of_heads_is_their_slope(heads, pairs):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_fast_attention_is_plain_attention(heads):
-    """Forward and all three gradients."""
+def test_attention_is_its_definition(heads):
+    """Forward and all three gradients, float32 against float64."""
     torch.manual_seed(0)
     shapes = [(2, 24, n, 8) for n in (heads[0], heads[1], heads[1])]
-    qkv = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    weight = torch.randn(shapes[0])
+    qkv, weight = [torch.randn(shape) for shape in shapes], torch.randn(shapes[0])
     results = []
-    for attend in (plain_attention, sdpa_attention):
-        y = attend(*qkv)
-        results.append([y, *torch.autograd.grad((y * weight).sum(), qkv)])
-    for plain, fast in zip(*results, strict=True):
-        torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
+    for function, dtype in ((attend, torch.float32), (plain_attention, torch.float64)):
+        inputs = [t.to(dtype).requires_grad_() for t in qkv]
+        y = function(*inputs)
+        results.append([y, *torch.autograd.grad((y * weight.to(dtype)).sum(), inputs)])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast.double(), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_the_attention_that_is_asked_for_runs_or_is_refused(tiny, runtime, tmp_path, monkeypatch):
-    log = Log(tmp_path / "log.txt")
-    assert choose_attention(tiny(attention="plain"), runtime, log) == ("plain", plain_attention)
-    assert choose_attention(tiny(), runtime, log) == ("sdpa", sdpa_attention)
+def test_a_gpu_without_cudnns_attention_takes_pytorchs_choice(tiny, runtime, monkeypatch):
+    """And the log says why."""
+    backends, ones, log = ("cudnn", "flash", "mem_efficient", "math"), torch.ones, Log(None)
+    log.path, allowed = Path("log.txt"), {}
+    for name in backends:
+        monkeypatch.setattr(
+            torch.backends.cuda, f"enable_{name}_sdp", partial(allowed.__setitem__, name)
+        )
+    assert choose_attention(tiny(), runtime, log) == "sdpa"
+    gpu = replace(runtime, device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "ones", lambda *shape, **like: ones(*shape, requires_grad=True))
+    assert choose_attention(tiny(), gpu, log) == "sdpa_cudnn"
+    assert allowed == dict(zip(backends, (True, False, False, False), strict=True))
     assert not log.early.getvalue()
 
     def fails(*qkv):
         raise RuntimeError("No available kernel")
 
-    monkeypatch.setattr(train_gpt, "sdpa_attention", fails)
-    assert choose_attention(tiny(), runtime, log) == ("plain", plain_attention)
-    assert log.early.getvalue() == "attention_skipped kernel:sdpa reason:No%20available%20kernel\n"
-    with pytest.raises(UserError, match=r"attention=sdpa does not run here \(No available"):
-        choose_attention(tiny(attention="sdpa"), runtime, log)
+    monkeypatch.setattr(train_gpt, "attend", fails)
+    assert choose_attention(tiny(), gpu, log) == "sdpa"
+    assert allowed == dict(zip(backends, (False, True, True, True), strict=True))
+    expected = "attention_skipped kernel:sdpa_cudnn reason:No%20available%20kernel\n"
+    assert log.early.getvalue() == expected
 
 
 # ----------------------------------------------------------------------------------- compilation
@@ -312,7 +323,7 @@ def test_compiled_regions_are_the_same_model(tiny, random_model, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **how: trace(f, backend=keep, **how))
     monkeypatch.setattr(train_gpt, "compiled", cache(train_gpt.compiled.__wrapped__))
     hp = tiny(num_layers=6, core_start=2, core_end=4, ve_layers="4,5")
-    plain, fast = random_model(hp), GPT(hp, attend=sdpa_attention, compile_regions=True)
+    plain, fast = random_model(hp), GPT(hp, compile_regions=True)
     fast.load_state_dict(plain.state_dict())
     for batch in (4, 3):
         losses = []

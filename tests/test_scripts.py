@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SETTINGS, SHALLOW
+from conftest import SETTINGS, SHALLOW, plain_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -1172,10 +1172,11 @@ def test_plots_say_what_they_need(source, tmp_path, monkeypatch, capsys):
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_model_flops_are_what_torch_counts(tiny, runtime):
+def test_model_flops_are_what_torch_counts(tiny, runtime, monkeypatch):
     """Plain attention multiplies the masked half too: torch counts it twice."""
     tokens = np.random.default_rng(0).integers(320, size=400).astype(np.uint16)
-    sizes = SHALLOW | {"attention": "plain", "train_batch_tokens": 64, "micro_batch_tokens": 32}
+    monkeypatch.setattr(train_gpt, "attend", plain_attention)
+    sizes = SHALLOW | {"train_batch_tokens": 64, "micro_batch_tokens": 32}
     for changes in ({}, {"feedback_mode": "none", "num_heads": 2, "num_kv_heads": 1}):
         hp = tiny(**sizes, **changes)
         trainer = bench_speed.build_trainer(hp, runtime, tokens)
@@ -1192,7 +1193,7 @@ def test_the_bench_adds_up(corpus, monkeypatch, capsys):
     sizes |= {"warmup_steps": 4, "late_qat_threshold": 0.5}
     for name, value in (sizes | corpus.settings).items():
         monkeypatch.setenv(name.upper(), str(value))
-    options = ["--steps", "2", "--peak-tflops", "0.5", "--attention", "sdpa"]
+    options = ["--steps", "2", "--peak-tflops", "0.5"]
     assert bench_speed.main([*options, "--format", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     steps = report["steps"]
