@@ -664,7 +664,7 @@ class BatchLoader:
 # --------------------------------------------------------------------------------------------------
 # 5. Layers: pure functions of tensors
 
-Rope = tuple[Tensor, Tensor, int]  # cos and sin (T, E), rope_dims / 2
+Rope = tuple[Tensor, Tensor, int]  # cos and signed sin (T, E), rope_dims / 2
 
 
 class Layer(NamedTuple):
@@ -690,9 +690,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (T, E) of every position's angles, 1 and 0 where no dim turns.
+    """cos and signed sin (T, E) of every position's angles; the base is NTK-scaled beyond 1,024.
 
-    The base is NTK-scaled beyond 1,024 tokens.
+    sin is negated in the first half of the dims that turn; those that don't have cos 1, sin 0.
     """
     length, dims = hp.train_seq_len, hp.rope_dims
     stretch = max(1.0, length / 1024) ** (dims / max(1, dims - 2))
@@ -706,8 +706,8 @@ def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     """Turns the first 2*half dims of each head of x (B, T, H, E), i with i+half, by its position.
 
-    Exchanged halves times a signed sine make one kernel of q's and k's norm, turn and gain, 0.11 ms
-    for 98,304 tokens on an H100; pieces turned one by one and put together made four, 0.20 ms.
+    By exchanged halves times a signed sine, so that norm, turn and gain of q and k are one kernel:
+    0.11 ms for 98,304 tokens on an H100. With each half turned by itself they were four, 0.20 ms.
     """
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
@@ -791,7 +791,7 @@ def stack(
 ) -> list[Tensor]:
     """The last `keep` outputs of consecutive layers; compiled as one, for its kernels join across
     layers. (An output that nothing uses would cost a gradient of zeros.)"""
-    return [x := block(x, layer, *inputs) for layer in layers][-keep:]
+    return [x := block(x, layer, *inputs) for layer in layers][len(layers) - keep :]
 
 
 def bigram_rows(ids: Tensor, num_rows: int) -> Tensor:
@@ -820,7 +820,10 @@ def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> T
 
 
 def choose_attention(hp: Hyperparameters, runtime: Runtime, log: Log) -> str:
-    """Has PyTorch take cuDNN's kernel if that runs here, forward and backward; the log's name."""
+    """Has PyTorch take cuDNN's kernel if that runs here, forward and backward.
+
+    Returns what the log calls the choice.
+    """
     if runtime.device.type != "cuda":
         return "sdpa"
 
@@ -1046,7 +1049,7 @@ class GPT(nn.Module):
         x0 = self.region(embed)(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
 
         def run(x: Tensor, start: int, end: int, keep: int = 1) -> list[Tensor]:
-            """x, then the outputs of the last `keep` of layers start to end - 1."""
+            """x, then the last `keep` outputs of layers start to end - 1."""
             inputs = (layers[start:end], x0, rope)
             if not torch.is_grad_enabled():  # three kinds of layer to compile, not three stacks
                 first = x.view_as(x)  # if x were x0 itself, that would be a fourth kind

@@ -66,7 +66,7 @@ from train_gpt import (
 # What the trunk has used up, or what the trunk's weights depend on.
 SHARED = (
     *("seed", "data_path", "tokenizer_path", "train_batch_tokens", "train_seq_len", "shuffle"),
-    *("iterations", "max_wallclock_seconds", "reserve_seconds", "dtype", "compile", "attention"),
+    *("iterations", "max_wallclock_seconds", "reserve_seconds", "dtype", "compile"),
 )
 SCORES = ("pre_quant_exact", "quantized_estimate")
 

@@ -22,6 +22,7 @@ from train_gpt import (
     choose_attention,
     exclude_self,
     parameter_group,
+    stack,
 )
 
 
@@ -248,23 +249,26 @@ def test_xsa_leaves_nothing_along_the_own_value():
 
 @pytest.mark.parametrize(("heads", "pairs"), [((2, 2), 0), ((4, 2), 2), ((3, 1), 3)])
 def test_the_gradient_of_heads_is_their_slope(heads, pairs):
-    """Against differences in float64, a gain of 0 included; bfloat16 against float64."""
+    """Against differences in float64, a gain of 0 included; bfloat16 against float64.
+
+    Norms and sums are taken in float32: in bfloat16 the gradient would be wrong by 0.0037 or more.
+    """
     torch.manual_seed(0)
     query, key = heads
-    x, gain = torch.randn(2, 3, query + 2 * key, 6), torch.randn(query)
+    x, gain = torch.randn(64, 3, query + 2 * key, 6), torch.randn(query)
     gain[0] = 0.0
     angles, still = torch.rand(3, pairs, dtype=torch.float64), torch.zeros(3, 6 - 2 * pairs)
     unsigned, signed = (torch.cat([sign * angles, angles, still], 1) for sign in (1, -1))
-    inputs = [t.double().requires_grad_() for t in (x, gain)]
     rope = (unsigned.cos(), signed.sin(), pairs)
+    inputs = [t.double().requires_grad_() for t in (x[:2], gain)]
     assert torch.autograd.gradcheck(lambda *pair: Heads.apply(*pair, *rope), inputs)
-    weights, results = [torch.randn_like(y) for y in Heads.apply(*inputs, *rope)], []
+    weights, results = [torch.randn_like(y).bfloat16() for y in Heads.apply(x, gain, *rope)], []
     for dtype in (torch.float64, torch.bfloat16):
-        pair = [t.detach().bfloat16().to(dtype).requires_grad_() for t in (x, gain)]
+        pair = [t.bfloat16().to(dtype).requires_grad_() for t in (x, gain)]
         total = sum((y * w).sum() for y, w in zip(Heads.apply(*pair, *rope), weights, strict=True))
         results.append(torch.autograd.grad(total, pair))
-    for exact, rounded in zip(*results, strict=True):
-        assert (exact - rounded).norm() < 0.02 * exact.norm()
+    for exact, rounded, bound in zip(*results, (0.0034, 0.01), strict=True):
+        assert (exact - rounded).norm() < bound * exact.norm()
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
@@ -297,10 +301,16 @@ def test_a_gpu_without_cudnns_attention_takes_pytorchs_choice(tiny, runtime, mon
     assert allowed == dict(zip(backends, (True, False, False, False), strict=True))
     assert not log.early.getvalue()
 
-    def fails(*qkv):
-        raise RuntimeError("No available kernel")
+    class ForwardOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return q + k + v
 
-    monkeypatch.setattr(train_gpt, "attend", fails)
+        @staticmethod
+        def backward(ctx, dy):
+            raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr(train_gpt, "attend", lambda q, k, v: ForwardOnly.apply(q, q, q))
     assert choose_attention(tiny(), gpu, log) == "sdpa"
     assert allowed == dict(zip(backends, (False, True, True, True), strict=True))
     expected = "attention_skipped kernel:sdpa_cudnn reason:No%20available%20kernel\n"
@@ -311,30 +321,45 @@ def test_a_gpu_without_cudnns_attention_takes_pytorchs_choice(tiny, runtime, mon
 
 
 def test_compiled_regions_are_the_same_model(tiny, random_model, monkeypatch):
-    """Traced whole; same losses and gradients; the three stacks serve every size of a batch."""
-    trace, stacks = torch.compile, []
+    """Traced whole; same losses and gradients; one set of graphs for every size of a batch."""
+    trace, graphs = torch.compile, []
 
     def keep(graph, inputs):
         """A compiler that changes nothing."""
-        if any("scaled_dot_product" in str(node.target) for node in graph.graph.nodes):
-            stacks.append(graph)
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
         return graph
+
+    def kinds() -> list[int]:
+        """Graphs with attention, of the head, of fake quantization, of the embedding."""
+        words = ("scaled_dot_product", "cross_entropy", "round", "embedding")
+        return [sum(word in names for names in graphs) for word in words]
 
     monkeypatch.setattr(torch, "compile", lambda f, **how: trace(f, backend=keep, **how))
     monkeypatch.setattr(train_gpt, "compiled", cache(train_gpt.compiled.__wrapped__))
-    hp = tiny(num_layers=6, core_start=2, core_end=4, ve_layers="4,5")
-    plain, fast = random_model(hp), GPT(hp, compile_regions=True)
+    hp = tiny(num_layers=4, core_start=1, core_end=2, ve_layers="3", xsa_last_n=2)
+    plain, fast, floor = random_model(hp), GPT(hp, compile_regions=True), torch.tensor(2.0**-8)
     fast.load_state_dict(plain.state_dict())
     for batch in (4, 3):
         losses = []
         for model in (plain, fast):
             model.zero_grad()
-            losses.append(model(*tokens(hp, batch), 2)[0])
+            losses.append(model(*tokens(hp, batch), 2, floor)[0])
             losses[-1].mean().backward()
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
         for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
-        assert len(stacks) == 3, "stem, core and tail"
+        assert kinds() == [3, 1, 2, 1], "stem, core and tail; rows of two lengths"
     with torch.no_grad():
-        results = [model(*tokens(hp), 2, score_last=5)[0] for model in (plain, fast)]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        for last in (5, None):
+            results = [model(*tokens(hp), 2, score_last=last)[0] for model in (plain, fast)]
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    # plain layers (the first, the core's), one with XSA and a skip, one with XSA and values
+    assert kinds() == [3 + 3, 2, 2, 2]
+
+
+def test_a_stack_returns_what_is_kept():
+    """An output that nothing uses would cost its gradient, zeros, when compiled."""
+    add = lambda x, layer: x + layer  # noqa: E731
+    assert stack(1, [2, 3, 4], keep=1, block=add) == [10]
+    assert stack(1, [2, 3, 4], keep=3, block=add) == [3, 6, 10]
+    assert stack(1, [], keep=1, block=add) == stack(1, [], keep=0, block=add) == []
