@@ -820,10 +820,7 @@ def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> T
 
 
 def choose_attention(hp: Hyperparameters, runtime: Runtime, log: Log) -> str:
-    """Has PyTorch take cuDNN's kernel if that runs here, forward and backward.
-
-    Returns what the log calls the choice.
-    """
+    """Selects cuDNN's kernel if it runs here forward and backward; the name of what is used."""
     if runtime.device.type != "cuda":
         return "sdpa"
 
@@ -1248,13 +1245,9 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
 
 
 def run_graphs(hp: Hyperparameters) -> list[tuple[int, bool]]:
-    """Every (passes, QAT) that a step can have; a growth by steps can meet QAT anywhere."""
-    starts = {start for start, _ in hp.growth}
-    qat_start = 1 - hp.late_qat_threshold * hp.warmdown_frac
-    steps = {start for start in starts if not start % 1}
-    turns = sorted({start for start in starts if start % 1} | {0.0, 1.0, qat_start})
-    times = [*turns[:-1], *((a + b) / 2 for a, b in pairwise(turns))]
-    return sorted({plan_step(hp, step, time)[:2] for step in steps for time in times})
+    """Every (passes, QAT) that a step can have."""
+    kinds = (False, True)[: 1 + (hp.late_qat_threshold > 0)]
+    return [(passes, qat) for passes in sorted({n for _, n in hp.growth}) for qat in kinds]
 
 
 class WeightAverage:
