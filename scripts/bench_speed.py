@@ -79,6 +79,7 @@ from train_gpt import (
     choose_attention,
     compiled,
     find_data_shards,
+    fuses_mlp,
     graphs_compiled,
     open_data_shard,
     read_configuration,
@@ -105,7 +106,7 @@ KERNELS = (
     # Inductor names a kernel by what it fused, such as the copies around attention.
     ("elementwise", r"^triton_(?!tem|mm)"),
     ("attention", r"cudnn|flash|fmha|sdpa|attention"),
-    ("linear", r"nvjet|gem[mv]|cutlass|splitk|cublas|^triton_"),
+    ("linear", r"nvjet|gem[mv]|cutlass|splitk|cublas|fused_product|^triton_"),
     ("other", r"^mem(cpy|set)|copy|radix|sort|topk"),
     ("elementwise", r"elementwise|reduce|softmax|norm|embedding|index|gather|scatter"),
 )
@@ -448,6 +449,7 @@ def describe(
         "python": platform.python_version(),
         "train_gpt_sha256": hashlib.sha256(code).hexdigest(),
         "attention": choose_attention(hp, runtime, trainer.log),
+        "fused_mlp": fuses_mlp(runtime.device, runtime.dtype, trainer.model.mlp_up_bank.shape[1:]),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "compiled": trainer.model.region is compiled,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -467,7 +469,7 @@ def describe(
 def header(setup: Mapping[str, Any]) -> list[str]:
     lines = [
         "{device}, torch {torch}, Python {python}, {dtype}, attention {attention}, "
-        "compiled: {compiled}; {date}, train_gpt.py {train_gpt_sha256:.12}",
+        "fused MLP: {fused_mlp}, compiled: {compiled}; {date}, train_gpt.py {train_gpt_sha256:.12}",
         "{parameters:,} parameters; {train_batch_tokens:,} tokens a step in micro-batches of at "
         "most {micro_batch_tokens:,}, windows of {train_seq_len:,}, tokens {text}",
     ]

@@ -1,4 +1,4 @@
-"""The model against a plain float64 loop, causality, and the attention kernels."""
+"""The model against a plain float64 loop, causality, and the kernels of attention and MLP."""
 
 import math
 from dataclasses import replace
@@ -7,12 +7,13 @@ from functools import cache, partial
 import pytest
 import torch
 from conftest import plain_attention
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, linear
 
 import train_gpt
 from train_gpt import (
     BANKS,
     GPT,
+    FusedMLP,
     Heads,
     Hyperparameters,
     Log,
@@ -20,6 +21,8 @@ from train_gpt import (
     bigram_rows,
     choose_attention,
     exclude_self,
+    fuses_mlp,
+    mlp,
     parameter_group,
     stack,
 )
@@ -314,6 +317,112 @@ def test_a_gpu_without_cudnns_attention_takes_another(tiny, runtime, tmp_path, m
     assert allowed == dict(zip(backends, (False, True, True, True), strict=True))
     expected = "attention_skipped kernel:sdpa_cudnn reason:No%20available%20kernel\n"
     assert log.early.getvalue() == expected
+
+
+# ------------------------------------------------------------------------------------------- MLP
+
+
+def plain_mlp(x, up, down):
+    return linear(leaky_relu(linear(x, up), 0.5).square(), down)
+
+
+def float64_product(a, b, s):
+    """What `fused_product` computes, in float64: the sign is the last bit of its numbers, too."""
+    u, one = a @ b.T, torch.tensor(1)
+    if s is None:
+        bits = leaky_relu(u, 0.5).square().view(torch.int64)
+        return torch.where(u < 0, bits | one, bits & ~one).view(torch.float64)
+    return u * torch.where((s.view(torch.int64) & one) == 1, -s.sqrt(), 2 * s.sqrt())
+
+
+def test_the_gradient_of_the_fused_mlp_is_its_slope(monkeypatch):
+    monkeypatch.setattr(train_gpt, "fused_product", float64_product, raising=False)
+    torch.manual_seed(0)
+    shapes = ((5, 4), (6, 4), (4, 6))  # x, up, down
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    torch.testing.assert_close(FusedMLP.apply(*inputs), plain_mlp(*inputs))
+    assert torch.autograd.gradcheck(FusedMLP.apply, inputs)
+
+
+def test_the_mlp_is_fused_on_hopper_only(monkeypatch):
+    """In bfloat16, for sizes that its tiles cover, and if there is a Triton."""
+    gpu, capability = torch.device("cuda"), [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    monkeypatch.setattr(train_gpt, "triton", train_gpt.triton or "a Triton")
+    assert fuses_mlp(gpu, torch.bfloat16, (1536, 512))
+    assert not fuses_mlp(torch.device("cpu"), torch.bfloat16, (1536, 512))
+    assert not fuses_mlp(gpu, torch.float32, (1536, 512))
+    for shape in ((1536 + 64, 512), (1536, 512 + 32)):
+        assert not fuses_mlp(gpu, torch.bfloat16, shape)
+    for capability[0] in (8, 10):
+        assert not fuses_mlp(gpu, torch.bfloat16, (1536, 512))
+    capability[0] = 9
+    monkeypatch.setattr(train_gpt, "triton", None)
+    assert not fuses_mlp(gpu, torch.bfloat16, (1536, 512))
+
+
+@pytest.mark.skipif(train_gpt.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_fused_product_compiles_for_hopper(backward):
+    """Without a GPU, too; with its copies and products, and small enough for two a processor."""
+    compiler, kernel = train_gpt.triton.compiler, train_gpt.fused_product_kernel
+    target = train_gpt.triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    constants = {"N": 1536, "K": 512, "BACKWARD": backward}
+    kinds = dict.fromkeys(kernel.arg_names, "tensordesc<bf16[128, 64]>")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    done = compiler.compile(compiler.ASTSource(kernel, kinds, places), target=target)
+    assert all(word in done.asm["ptx"] for word in ("wgmma.mma_async", "cp.async.bulk.tensor"))
+    assert 2 * (done.metadata.shared + 1024) <= 228 * 1024
+
+
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and fuses_mlp(torch.device("cuda"), torch.bfloat16, (128, 64))),
+    reason="needs an H100 or H200 and Triton",
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("rows", [4096, 1000, 1])
+def test_the_fused_product_is_its_definition(rows):
+    """Against float64, fresh inputs each time; rows that fill no tile, and a transposed matrix."""
+    seed = torch.seed()
+    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    a, b = make(rows, 192), make(192, 256).T
+    s = train_gpt.fused_product(a, b, None)
+    u = a.double() @ b.double().T
+    exact = leaky_relu(u, 0.5).square()
+    sure = u.abs() > 1e-3  # nearer to 0 the sum's own rounding decides the sign
+    assert torch.equal(((s.view(torch.int16) & 1) == 1)[sure], (u < 0)[sure]), seed
+    assert ((s - exact).abs() <= exact * 2**-7 + 1e-3).all(), seed
+    slope = train_gpt.fused_product(a, b, s)
+    expected = u * torch.where((s.view(torch.int16) & 1) == 1, -1, 2) * s.double().sqrt()
+    assert ((slope - expected).abs() <= expected.abs() * 2**-7 + 1e-3).all(), seed
+
+
+@needs_hopper
+def test_the_fused_mlp_is_as_exact_as_the_plain_one(tiny):
+    """Forward and gradients against float64; compiled, with one graph for all sizes of a batch."""
+    seed, graphs = torch.seed(), train_gpt.graphs_compiled()
+    layer = partial(train_gpt.Layer, *[None] * 2, resid_mix=None, q_gain=None, xsa=False)
+    fast = torch.compile(
+        lambda x, up, down: mlp(x, layer(mlp_up=up, mlp_down=down)), fullgraph=True, dynamic=False
+    )
+    for batch in (3, 5):
+        shapes = ((batch, 200, 512), (1536, 512), (512, 1536))
+        values = [torch.randn(shape, device="cuda") / shape[-1] ** 0.5 for shape in shapes]
+        weight, results = torch.randn(shapes[0], device="cuda"), []
+        exact = (plain_mlp, torch.float64), (plain_mlp, torch.bfloat16), (fast, torch.bfloat16)
+        for function, dtype in exact:
+            inputs = [v.bfloat16().to(dtype).requires_grad_() for v in values]
+            train_gpt.any_size(inputs[0])
+            y = function(*inputs)
+            y.backward(weight.bfloat16().to(dtype))
+            results.append([y, *(t.grad for t in inputs)])
+        for reference, plain, fused in zip(*results, strict=True):
+            errors = [((t - reference).norm() / reference.norm()).item() for t in (plain, fused)]
+            assert errors[1] < min(1.25 * errors[0], 0.01), (seed, errors)
+    assert train_gpt.graphs_compiled() == graphs + 1
 
 
 # ----------------------------------------------------------------------------------- compilation

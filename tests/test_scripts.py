@@ -1219,7 +1219,8 @@ def test_the_bench_adds_up(corpus, monkeypatch, capsys):
     setup = report["setup"]
     assert (setup["tiny"], setup["text"]) == (True, "of fineweb_train_000000.bin")
     digest = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    assert (setup["attention"], setup["train_gpt_sha256"]) == ("sdpa", digest)
+    assert (setup["attention"], setup["fused_mlp"]) == ("sdpa", False)
+    assert setup["train_gpt_sha256"] == digest
     skipping = ["--skip", "compile,ttt", "--num-passes", "1", "--late-qat-threshold", "0"]
     options = ["--steps", "1", "--format", "markdown", "--kernels", "3"]
     assert bench_speed.main([*skipping, *options]) == 0
@@ -1260,6 +1261,7 @@ def test_the_bench_says_what_is_wrong(tmp_path, monkeypatch, capsys):
         ("linear", "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>"),
         ("linear", "void cublasLt::splitKreduce_kernel<32, 16, int>"),
         ("linear", "triton_tem_fused_mm_3"),
+        ("linear", "fused_product_kernel"),
         ("elementwise", "triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_mul_5"),
         ("elementwise", "triton_red_fused__to_copy_add_rms_norm_2"),
         ("elementwise", "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>"),
