@@ -240,8 +240,7 @@ class Hyperparameters:
         yield limited, "iterations max_wallclock_seconds", "training would never end, set one"
         room = cap is None or cap > self.reserve_seconds
         yield room, "reserve_seconds max_wallclock_seconds", "no time is left, lower the first"
-        named = self.run_id is not None or not self.resume
-        yield named, "resume run_id", "name the run that is to go on"
+        yield bool(self.run_id) or not self.resume, "resume run_id", "name the run that is to go on"
         multiple = f"no multiple of the window of {T} tokens: use {max(fitting, T)}"
         yield 0 < fitting == self.train_batch_tokens, "train_batch_tokens", multiple
         yield self.micro_batch_tokens >= T, "micro_batch_tokens", f"raise it to a window of {T}"
@@ -802,20 +801,20 @@ if triton is not None:
                 if BACKWARD:
                     known = s.load([m, n + 64 * i])
                     negative = (known.to(tl.int16, bitcast=True) & 1) == 1
-                    root = tl.sqrt(known.to(tl.float32))
-                    result = u * tl.where(negative, -root, 2 * root)
+                    result = u * tl.where(negative, -1, 2) * tl.sqrt(known.to(tl.float32))
                 else:
                     leaky = tl.where(u < 0, 0.5 * u, u)
-                    bits = (leaky * leaky).to(tl.int32, bitcast=True)
+                    # A bfloat16 is the upper half of a float32: its last bit is 0x10000. CUDA's NaN
+                    # has all bits set, and would not stay one.
+                    bits = tl.minimum((leaky * leaky).to(tl.int32, bitcast=True), 0x7FC00000)
                     even, odd = (bits + 0x10000) & -0x20000, bits & -0x20000 | 0x10000
                     result = tl.where(u < 0, odd, even).to(tl.float32, bitcast=True)
                 out.store([m, n + 64 * i], result.to(out.dtype))
 
     @torch.library.custom_op("train_gpt::fused_product", mutates_args=())
     def fused_product(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
-        """leaky(u)^2 of u = a b'; given such a square s, u times its slope at s.
-
-        a (M, K), b (N, K), s and the result (M, N); bfloat16. TMA copies, resident blocks.
+        """leaky(u)^2 of u = a b', u's sign in its last bit; or, given such an s, a b' times the slope
+        there. a (M, K), b (N, K), s and the result (M, N): bfloat16.
         """
         out = a.new_empty(a.size(0), b.size(0))
         blocks = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count
@@ -852,8 +851,8 @@ class FusedMLP(torch.autograd.Function):
 def fuses_mlp(device: torch.device, dtype: torch.dtype, up_shape: Sequence[int]) -> bool:
     """Whether FusedMLP is used: in bfloat16 on Hopper, for whose copies and products it is made."""
     fits = dtype == torch.bfloat16 and up_shape[0] % 128 == 0 == up_shape[1] % 64
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return fits and hopper and triton is not None
+    nvidia = device.type == "cuda" and torch.version.hip is None and triton is not None
+    return fits and nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def mlp(x: Tensor, layer: Layer) -> Tensor:
@@ -1111,13 +1110,9 @@ class GPT(nn.Module):
         return {i: (value, s) for i, s in zip(self.hp.ve_layer_ids, scales, strict=True)}
 
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        num_passes: int,
-        qat_floor: Tensor | None = None,
-        score_last: int | None = None,
-    ) -> tuple[Tensor, Stability]:
+        self, ids: Tensor, targets: Tensor, num_passes: int,
+        qat_floor: Tensor | None = None, score_last: int | None = None,
+    ) -> tuple[Tensor, Stability]:  # fmt: skip
         """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
 
         score_last: score only so many last positions -> (B, score_last).
@@ -1355,9 +1350,7 @@ class WeightAverage:
 
     def result(self) -> Tensor:
         """The weights to export; where both are on, SWA averaged EMA's."""
-        if self.swa is not None and self.samples:
-            return self.swa
-        return self.weights if self.ema is None else self.ema
+        return self.swa if self.samples else self.weights if self.ema is None else self.ema
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2009,7 +2002,7 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
     digest = hashlib.sha256(code).hexdigest()
     log.event("code", name=Path(__file__).name, bytes=len(code), sha256=digest)
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__}
-    versions |= {"sentencepiece": spm.__version__}
+    versions |= {"sentencepiece": spm.__version__, "triton": getattr(triton, "__version__", None)}
     log.event("versions", python=platform.python_version(), **versions)
     on_gpu = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} x{os.cpu_count()}"

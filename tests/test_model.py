@@ -16,6 +16,7 @@ from train_gpt import (
     FusedMLP,
     Heads,
     Hyperparameters,
+    Layer,
     Log,
     attend,
     bigram_rows,
@@ -344,6 +345,17 @@ def test_the_gradient_of_the_fused_mlp_is_its_slope(monkeypatch):
     assert torch.autograd.gradcheck(FusedMLP.apply, inputs)
 
 
+def test_the_model_takes_the_fused_mlp(monkeypatch):
+    calls = []
+    spy = lambda *args: calls.append(args) or float64_product(*args)  # noqa: E731
+    monkeypatch.setattr(train_gpt, "fuses_mlp", lambda *args: True)
+    monkeypatch.setattr(train_gpt, "fused_product", spy, raising=False)
+    x, up, down = (torch.randn(shape).double() for shape in ((2, 5, 4), (6, 4), (4, 6)))
+    layer = Layer(None, None, up, down, None, None, False)
+    torch.testing.assert_close(mlp(x, layer), plain_mlp(x, up, down))
+    assert len(calls) == 1
+
+
 def test_the_mlp_is_fused_on_hopper_only(monkeypatch):
     """In bfloat16, for sizes that its tiles cover, and if there is a Triton."""
     gpu, capability = torch.device("cuda"), [9, 0]
@@ -357,8 +369,10 @@ def test_the_mlp_is_fused_on_hopper_only(monkeypatch):
     for capability[0] in (8, 10):
         assert not fuses_mlp(gpu, torch.bfloat16, (1536, 512))
     capability[0] = 9
-    monkeypatch.setattr(train_gpt, "triton", None)
-    assert not fuses_mlp(gpu, torch.bfloat16, (1536, 512))
+    for place, name, value in ((torch.version, "hip", "6.4"), (train_gpt, "triton", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert not fuses_mlp(gpu, torch.bfloat16, (1536, 512))
 
 
 @pytest.mark.skipif(train_gpt.triton is None, reason="needs Triton")
@@ -398,16 +412,20 @@ def test_the_fused_product_is_its_definition(rows):
     slope = train_gpt.fused_product(a, b, s)
     expected = u * torch.where((s.view(torch.int16) & 1) == 1, -1, 2) * s.double().sqrt()
     assert ((slope - expected).abs() <= expected.abs() * 2**-7 + 1e-3).all(), seed
+    a[0, 7] = math.nan
+    assert train_gpt.fused_product(a, b, None)[0].isnan().all()
+    torch.library.opcheck(train_gpt.fused_product, (a, b, s), test_utils="test_faketensor")
 
 
 @needs_hopper
 def test_the_fused_mlp_is_as_exact_as_the_plain_one(tiny):
     """Forward and gradients against float64; compiled, with one graph for all sizes of a batch."""
     seed, graphs = torch.seed(), train_gpt.graphs_compiled()
-    layer = partial(train_gpt.Layer, *[None] * 2, resid_mix=None, q_gain=None, xsa=False)
-    fast = torch.compile(
-        lambda x, up, down: mlp(x, layer(mlp_up=up, mlp_down=down)), fullgraph=True, dynamic=False
-    )
+
+    @partial(torch.compile, fullgraph=True, dynamic=False)
+    def fast(x, up, down):
+        return mlp(x, Layer(None, None, up, down, None, None, False))
+
     for batch in (3, 5):
         shapes = ((batch, 200, 512), (1536, 512), (512, 1536))
         values = [torch.randn(shape, device="cuda") / shape[-1] ** 0.5 for shape in shapes]

@@ -38,14 +38,14 @@ def test_the_contents_are_the_banners():
 
 
 def test_the_file_stays_readable_in_one_sitting():
-    """About 1,500 lines of code: those that are not blank, comment or docstring."""
+    """1,500 lines of code and 50 of the fused product; blanks, comments, docstrings don't count."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     texts = [
         n.body[0] for n in ast.walk(TREE) if isinstance(n, documented) and ast.get_docstring(n)
     ]
     lines = {i for i, line in enumerate(LINES, 1) if line.strip() and line.lstrip()[0] != "#"}
     lines -= {i for text in texts for i in range(text.lineno, text.end_lineno + 1)}
-    assert len(lines) <= 1560
+    assert len(lines) <= 1550
 
 
 def test_lines_functions_and_signatures_are_short():
@@ -97,10 +97,10 @@ def test_the_file_alone_is_the_trainer():
     attributes = {n.attr for n in ast.walk(TREE) if isinstance(n, ast.Attribute)}
     calls = {n.id for n in ast.walk(TREE) if isinstance(n, ast.Name)}
     assert not (attributes | calls) & {"eval", "exec", "__import__", "urlopen", "system"}
-    calls = {ast.unparse(n.func): n for n in ast.walk(TREE) if isinstance(n, ast.Call)}
-    loads = {name for name in calls if name.split(".")[-1] == "load"}
-    assert loads == {"torch.load", "a.load", "b.load", "s.load"}, "the last three in a kernel"
-    load = calls["torch.load"]
+    loads = [n for n in ast.walk(TREE) if getattr(getattr(n, "func", 0), "attr", "") == "load"]
+    in_kernel = ("a.load", "b.load", "s.load")
+    [load] = [n for n in loads if ast.unparse(n.func) not in in_kernel]
+    assert ast.unparse(load.func) == "torch.load"
     assert {k.arg: getattr(k.value, "value", 0) for k in load.keywords}["weights_only"] is True
     assert not any(isinstance(n, ast.Global) for n in ast.walk(TREE))
 
