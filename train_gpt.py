@@ -797,24 +797,25 @@ if triton is not None:
                 product = tl.dot(a.load([m, k]), b.load([n, k]).T, product)
             left, right = product.reshape(128, 2, 64).permute(0, 2, 1).split()
             for i in tl.static_range(2):
-                u = left if i == 0 else right
+                part = left if i == 0 else right
                 if BACKWARD:
                     known = s.load([m, n + 64 * i])
                     negative = (known.to(tl.int16, bitcast=True) & 1) == 1
-                    result = u * tl.where(negative, -1, 2) * tl.sqrt(known.to(tl.float32))
+                    result = part * tl.where(negative, -1, 2) * tl.sqrt(known.to(tl.float32))
                 else:
-                    leaky = tl.where(u < 0, 0.5 * u, u)
+                    leaky = tl.where(part < 0, 0.5 * part, part)
                     # A bfloat16 is the upper half of a float32: its last bit is 0x10000. CUDA's NaN
                     # has all bits set, and would not stay one.
                     bits = tl.minimum((leaky * leaky).to(tl.int32, bitcast=True), 0x7FC00000)
                     even, odd = (bits + 0x10000) & -0x20000, bits & -0x20000 | 0x10000
-                    result = tl.where(u < 0, odd, even).to(tl.float32, bitcast=True)
+                    result = tl.where(part < 0, odd, even).to(tl.float32, bitcast=True)
                 out.store([m, n + 64 * i], result.to(out.dtype))
 
     @torch.library.custom_op("train_gpt::fused_product", mutates_args=())
     def fused_product(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
-        """leaky(u)^2 of u = a b', u's sign in its last bit; or, given such an s, a b' times the slope
-        there. a (M, K), b (N, K), s and the result (M, N): bfloat16.
+        """leaky(u)^2 of u = a b', u's sign in its last bit; given that as s, a b' times the slope.
+
+        a (M, K), b (N, K), s and the result (M, N): bfloat16; K in multiples of 64, N of 128.
         """
         out = a.new_empty(a.size(0), b.size(0))
         blocks = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count
