@@ -58,7 +58,7 @@ import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 try:
     import triton
@@ -811,7 +811,7 @@ if triton is not None:
                     result = tl.where(part < 0, odd, even).to(tl.float32, bitcast=True)
                 out.store([m, n + 64 * i], result.to(out.dtype))
 
-    @torch.library.custom_op("train_gpt::fused_product", mutates_args=())
+    @library.custom_op("train_gpt::fused_product", mutates_args=())
     def fused_product(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
         """leaky(u)^2 of u = a b', u's sign in its last bit; given that as s, a b' times the slope.
 
@@ -828,12 +828,12 @@ if triton is not None:
 
 
 class FusedMLP(torch.autograd.Function):
-    """leaky(x up')^2 down' of x (M, D), squared inside the product.
+    """leaky(x up')^2 down' of x (M, D), squared inside the product: on an H100 a step of 786,432
+    tokens takes 574 ms, not 601, and 3.1 of 17.0 GiB less.
 
-    u = x up' is never written: backward needs |u|, the root of its square s, and u's sign, which
-    is in s's last bit. To have it there s is rounded to an even bfloat16, or an odd one if u < 0;
-    that errs by 2^-7 at most, as rounding u before the square would. On an H100 a step of 786,432
-    tokens takes 574 ms with it, 601 without, and 3.1 of 17.0 GiB less.
+    u = x up' is never written: backward needs |u|, the root of its square s, and u's sign, which is
+    s's last bit: s is rounded to an even bfloat16, or an odd one if u < 0. That errs by 2^-7 at
+    most, as rounding u before the square would.
     """
 
     @staticmethod
@@ -2023,9 +2023,9 @@ def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
     torch.manual_seed(hp.seed)
     model = GPT(hp, runtime.dtype, on).to(runtime.device)
     count = sum(p.numel() for p in model.parameters())
-    fused = fuses_mlp(runtime.device, runtime.dtype, model.mlp_up_bank.shape[1:])
-    facts = {"attention": name, "fused_mlp": int(fused), "compile": "on" if on else "off"}
-    log.event("model", parameters=count, **facts)
+    fused = int(fuses_mlp(runtime.device, runtime.dtype, model.mlp_up_bank.shape[1:]))
+    kernels = {"attention": name, "fused_mlp": fused, "compile": "on" if on else "off"}
+    log.event("model", parameters=count, **kernels)
     return model
 
 

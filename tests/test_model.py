@@ -7,6 +7,7 @@ from functools import cache, partial
 import pytest
 import torch
 from conftest import plain_attention
+from torch import library
 from torch.nn.functional import leaky_relu, linear
 
 import train_gpt
@@ -414,11 +415,11 @@ def test_the_fused_product_is_its_definition(rows):
     assert ((slope - expected).abs() <= expected.abs() * 2**-7 + 1e-3).all(), seed
     a[0, 7] = math.nan
     assert train_gpt.fused_product(a, b, None)[0].isnan().all()
-    torch.library.opcheck(train_gpt.fused_product, (a, b, s), test_utils="test_faketensor")
+    library.opcheck(train_gpt.fused_product, (a, b, s), test_utils="test_faketensor")
 
 
 @needs_hopper
-def test_the_fused_mlp_is_as_exact_as_the_plain_one(tiny):
+def test_the_fused_mlp_is_as_exact_as_the_plain_one():
     """Forward and gradients against float64; compiled, with one graph for all sizes of a batch."""
     seed, graphs = torch.seed(), train_gpt.graphs_compiled()
 
