@@ -2,32 +2,37 @@
 
     stem -> core, core, ... -> tail      1 pass, then 2, then 3 as the run proceeds
 
-One run trains for a fixed wall clock, averages and quantizes the weights to int6, compresses them
-so that code + model fit 16,000,000 bytes, reloads the file, and scores the validation text in bits
-per byte: plain, with sliding windows, and with score-first test-time training.
+One run trains for a fixed wall clock, averages the weights, quantizes them to int6 and compresses
+them so that code and model fit 16,000,000 bytes. Then it reloads the file and scores the validation
+text in bits per byte: plain, with sliding windows, and with score-first test-time training.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py        one node of 8 GPUs, 600 s
     python train_gpt.py                                          one process, GPU or CPU
+    python train_gpt.py --env scripts/demo.env                   the settings of a file
     python train_gpt.py --evaluate logs/RUN.int6.xz              score an artifact again
     python train_gpt.py --run-id RUN --resume                    go on from RUN's last checkpoint
 
 Every setting is a flag (--residual-scale-init) and an environment variable (RESIDUAL_SCALE_INIT);
-the flag wins. Exit codes: 0 done, 2 a mistake in what was given, 3 diverged, 4 stopped by a signal
-with a checkpoint, 5 stopped by a signal but exported and scored.
+a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 2 a mistake in
+what was given, 3 diverged, 4 stopped by a signal with a checkpoint, 5 stopped by a signal but
+exported and scored, 128 + N ended at once by signal N.
 """
 
 # Contents (grep -n '^# [0-9]*\. ' train_gpt.py):
-#   1. Constants   2. Configuration  3. Runtime and log   4. Data         5. Layers    6. Recurrence
-#   7. Model       8. Optimization   9. Compression      10. Evaluation  11. Training  12. Main
+#   1. Constants      2. Settings       3. Process and log   4. Data       5. Layers   6. Recurrence
+#   7. Model          8. Kernels        9. Optimization     10. Training  11. Compression
+#  12. Evaluation    13. Main
 #
 # Shapes: B batch, T time, D model, H query heads, G kv heads, E head dim, F mlp, V vocabulary,
-# L unique layers, K passes, N bank rows, R ranks.
+# L unique layers, K passes, N bank rows, R ranks. PR n: github.com/openai/parameter-golf/pull/n.
 
 from __future__ import annotations
 
 import argparse
 import bisect
 import copy
+import difflib
+import fcntl
 import hashlib
 import io
 import json
@@ -44,21 +49,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 from urllib.parse import quote
 
-import numpy as np
-import sentencepiece as spm
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, library, nn
+try:
+    import numpy as np
+    import sentencepiece as spm
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, library, nn
+except ImportError as error:
+    sys.exit(f"error: {error.name} is not installed: run pip install -r requirements.txt")
 
 try:
     import triton
@@ -70,39 +78,34 @@ except ImportError:  # a torch that is made for CPUs brings none
 # --------------------------------------------------------------------------------------------------
 # 1. Constants
 
+PROGRAM_START = time.perf_counter()
+EXIT_MISTAKE, EXIT_DIVERGED, EXIT_CHECKPOINTED, EXIT_EXPORTED = 2, 3, 4, 5
+# A rank waits this long for one that hangs: longer than rank 0's export takes.
+COLLECTIVE_TIMEOUT = timedelta(seconds=300)
+
 # The field's shard format: 256 little-endian int32 header words, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
 
-# Quintic iteration whose slope at 0 is as steep as it can be while singular values stay within
-# about [0.7, 1.2] (Jordan et al., Muon, 2024). Fast convergence matters here, exactness does not.
+RMS_EPS = 1e-6
+BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's, the largest first
+ADAM_GROUPS = ("table", "projection", "scalar")
+# Quintic Newton-Schulz coefficients of Muon (Jordan et al. 2024). Their slope at 0 is as steep as
+# it can be while singular values stay within about [0.7, 1.2]: speed matters here, exactness not.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-# A momentum of 0.99 averages 100 steps, which is much of a short run: bits per byte after 50 s of
-# one H100 (543 steps) 1.4285 with 0.99, 1.3848 with 0.95; with level rows 1.4082, 1.3657, and
-# 1.3635 with 0.90. So it averages a fraction of the run, and never less than this does.
+# Muon's momentum averages a fraction of the run, but never less than this does: in runs of 543
+# steps 0.99 lost 0.04 bpb against 0.95 (records/NOTES.md).
 LEAST_MOMENTUM = 0.85
 
-# Clip candidates of GPTQ-lite, as quantiles of a row's |w|; 1.0 (no clipping) is always among them.
+# GPTQ-lite's clip candidates, as quantiles of a row's |w|; 1.0 does not clip.
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT6_LEVELS, INT8_LEVELS = 31, 127
-# The export's size knob is an integer n: no row's quantization step is finer than 2^(-n/512).
+SMALL_TENSOR = 65_536  # elements; up to here a tensor is stored as float16, not quantized
+# The export's size knob is a whole number n: no quantization step is finer than 2^(-n/512).
 FLOOR_STEPS_PER_OCTAVE, FINEST_FLOOR_INDEX = 512, 512 * 14
-# Quantized weights hold nothing to match but their entropy. A dictionary as small as lzma allows
-# and no context bits code it best: 4.788 bits a weight where the entropy is 4.740, against 4.863
-# for preset 6, in a quarter of its time (6 M Gaussian weights with rows of log-normal scale).
+# Quantized weights repeat nothing: the smallest dictionary and no context bits code them best.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096, "lc": 0, "lp": 0, "pb": 0}]
 ARTIFACT_MAGIC = b"SGR1"
 MAX_MODEL_BYTES = 1 << 30  # an artifact that claims more is refused before anything is allocated
-SMALL_TENSOR = 65_536  # elements; up to here a tensor is stored as float16, not quantized
-
-BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's; the largest first
-TABLES = ("tok_emb", "bigram_table", "ve_table")
-PROJECTIONS = ("bigram_proj", "ve_proj")
-RMS_EPS = 1e-6
-# After this a rank gives up waiting for another that hangs: longer than rank 0's export takes. (One
-# that has died ends the job at once.)
-COLLECTIVE_TIMEOUT = timedelta(seconds=300)
-EXIT_MISTAKE, EXIT_DIVERGED, EXIT_CHECKPOINTED, EXIT_EXPORTED = 2, 3, 4, 5
 
 
 class UserError(ValueError):
@@ -115,153 +118,149 @@ def require(rule_holds: bool, text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Configuration: every setting once, with its type, default, rule and help
+# 2. Settings: each once, with its type, default and help
 
 
-def opt(default: Any, rule: str, text: str, group: str = "") -> Any:
-    """A setting. rule: `a|b|c`, `low..high`, `>=low`, `>low`, or empty; group: opens one."""
-    return field(default=default, metadata={"rule": rule, "text": text, "group": group})
+def opt(default: Any, text: str, least: float = 0, group: str = "") -> Any:
+    """A setting. least: of a number; group: opens a group of --help."""
+    return field(default=default, metadata={"text": text, "least": least, "group": group})
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """The configuration of a run. Fractions (`_frac`) are of the run's progress from 0 to 1."""
 
-    run_id: str | None = opt(None, "", "name of the log and artifact; none: time and seed", "run")
-    seed: int = opt(1337, ">=0", "seed of the weights and of the data order")
-    output_dir: str = opt("logs", "", "folder of the log, the artifact and the checkpoints")
-    iterations: int | None = opt(None, ">=0", "steps after which training ends; none: no limit")
-    max_wallclock_seconds: float | None = opt(600.0, ">0", "seconds of training; none: no limit")
-    reserve_seconds: float = opt(0.0, ">=0", "seconds of them kept for what follows training")
-    warmup_steps: int = opt(20, ">=0", "steps before the clock starts, undone before it does")
-    train_log_every: int = opt(50, ">=1", "steps between lines of the log")
-    val_loss_every: int | None = opt(None, ">=1", "steps between validations; none: at the end")
-    checkpoint_seconds: float | None = opt(None, ">0", "seconds between checkpoints; none: off")
-    resume: bool = opt(False, "", "go on from the newest checkpoint of run_id, if there is one")
-    on_signal: str = opt("export", "export|checkpoint", "after SIGTERM or SIGINT; then the end")
-    dtype: str = opt("auto", "auto|bfloat16|float32", "arithmetic; auto: bfloat16 on a GPU only")
-    compile: str = opt("auto", "auto|on|off", "torch.compile; auto: on a GPU only")
+    run_id: str | None = opt(None, "name of log and artifact; none: time and seed", group="run")
+    seed: int = opt(1337, "seed of the weights and of the data order")
+    output_dir: str = opt("logs", "folder of the log, the artifact and the checkpoints")
+    iterations: int | None = opt(None, "steps after which training ends; none: no limit")
+    max_wallclock_seconds: float | None = opt(600.0, "seconds of training; none: no limit", 1e-3)
+    warmup_steps: int = opt(20, "steps before the clock starts, undone before it does")
+    train_log_every: int = opt(50, "steps between lines of the log", 1)
+    val_loss_every: int | None = opt(None, "steps between validations; none: at the end", 1)
+    checkpoint_seconds: float | None = opt(None, "seconds between checkpoints; none: off", 1e-3)
+    resume: bool = opt(False, "go on from the newest checkpoint of run_id, if there is one")
+    on_signal: Literal["export", "checkpoint"] = opt("export", "at SIGTERM, SIGINT or SIGHUP")
+    dtype: Literal["auto", "bfloat16", "float32"] = opt("auto", "auto: bfloat16 where it is native")
+    compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile; auto: on a GPU only")
 
-    data_path: str = opt("./data/datasets/fineweb10B_sp1024", "", "folder of the shards", "data")
-    tokenizer_path: str = opt("./data/tokenizers/fineweb_1024_bpe.model", "", "SentencePiece model")
-    train_batch_tokens: int = opt(786_432, ">=1", "tokens of a step; default: 98,304 a process")
-    micro_batch_tokens: int = opt(98_304, ">=1", "most tokens that a rank takes at once")
-    shuffle: bool = opt(True, "", "read the windows of all shards in a seeded random order")
+    data_path: str = opt("data/datasets/fineweb10B_sp1024", "folder of the shards", group="data")
+    tokenizer_path: str | None = opt(None, "none: data_path's tokenizer.model, or the field's")
+    train_batch_tokens: int = opt(786_432, "tokens of a step; default: 98,304 a process", 1)
+    micro_batch_tokens: int = opt(98_304, "most tokens that a rank takes at once", 1)
+    shuffle: bool = opt(True, "read the windows of all shards in a seeded random order")
 
-    vocab_size: int = opt(1024, "8..65536", "pieces of the tokenizer", "model")
-    train_seq_len: int = opt(2048, "8..1048576", "tokens of a window, in training and evaluation")
-    num_layers: int = opt(11, "1..256", "unique layers")
-    model_dim: int = opt(512, "8..16384", "width of the residual stream")
-    num_heads: int = opt(8, "1..256", "query heads")
-    num_kv_heads: int = opt(4, "1..256", "key and value heads")
-    mlp_mult: float = opt(3.0, "0.01..64", "MLP width over model width")
-    rope_base: float = opt(10_000.0, ">1", "RoPE base at a length of 1,024 tokens")
-    rope_dims: int = opt(16, ">=0", "dims of each head that RoPE turns")
-    qk_gain_init: float = opt(1.5, "", "start of the gain of each query head")
-    xsa_last_n: int = opt(4, ">=0", "last layers with XSA (never the core's)")
-    bigram_vocab_size: int = opt(512, "0..1048576", "rows of BigramHash; 0: off")
-    bigram_dim: int = opt(32, "1..16384", "width of BigramHash's rows")
-    ve_dim: int = opt(128, "1..16384", "width of the value embedding table")
-    ve_layers: str = opt("9,10", "", "layers with value embeddings; none: off")
-    logit_softcap: float = opt(30.0, ">0", "bound of the logits")
-    tied_embed_init_std: float = opt(0.005, ">0", "std of the embedding at the start")
+    vocab_size: int | None = opt(None, "pieces; none: the tokenizer's", 8, group="model")
+    train_seq_len: int = opt(2048, "tokens of a window, in training and evaluation", 8)
+    num_layers: int = opt(11, "unique layers", 1)
+    model_dim: int = opt(512, "width of the residual stream", 1)
+    num_heads: int = opt(8, "query heads", 1)
+    num_kv_heads: int = opt(4, "key and value heads", 1)
+    mlp_mult: float = opt(3.0, "MLP width over model width")
+    rope_base: float = opt(10_000.0, "RoPE base at a length of 1,024 tokens", 1)
+    rope_dims: int = opt(16, "dims of each head that RoPE turns")
+    qk_gain_init: float = opt(1.5, "start of the gain of each query head", -math.inf)
+    xsa_last_n: int = opt(4, "last layers with XSA (never the core's)")
+    bigram_vocab_size: int = opt(512, "rows of BigramHash; 0: off")
+    bigram_dim: int = opt(32, "width of BigramHash's rows", 1)
+    ve_dim: int = opt(128, "width of the value embedding table", 1)
+    ve_layers: str = opt("9,10", "layers with value embeddings; none: off")
+    logit_softcap: float = opt(30.0, "bound of the logits", 1e-3)
+    tied_embed_init_std: float = opt(0.005, "std of the embedding at the start")
 
-    core_start: int = opt(4, ">=0", "first layer of the core", "recurrence")
-    core_end: int = opt(7, ">=1", "layer after the core's last")
-    passes_schedule: str = opt(
-        "0.0:1,0.626:2,0.813:3", "", "start:passes,...; starts are fractions (a point) or steps"
-    )
-    num_passes: int | None = opt(None, "1..64", "fixed passes in training; none: the schedule's")
-    eval_passes: int | None = opt(None, "1..64", "passes in evaluation; none: the schedule's last")
-    residual_scale_init: float = opt(0.5, "", "start of the scale of each pass after the first")
-    feedback_mode: str = opt("diagonal", "none|identity|diagonal", "off, U(V'h), or d * U(V'h)")
-    feedback_rank: int = opt(2, "1..1024", "columns of U and V")
-    per_pass_feedback: bool = opt(False, "", "a d of its own for each pass")
-    jacobian_proxy_weight: float = opt(0.01, ">=0", "weight of the proxy in the loss")
-    interpass_rmsnorm: bool = opt(False, "", "rms_norm of h before each pass after the first")
+    core_start: int = opt(4, "first layer of the core", group="recurrence")
+    core_end: int = opt(7, "layer after the core's last", 1)
+    passes_schedule: str = opt("0.0:1,0.626:2,0.813:3", "start:passes,...; fractions or steps")
+    num_passes: int | None = opt(None, "fixed passes in training; none: the schedule's", 1)
+    eval_passes: int | None = opt(None, "passes in evaluation; none: as training ended", 1)
+    residual_scale_init: float = opt(0.5, "start of each later pass's scale", -math.inf)
+    feedback_mode: Literal["none", "identity", "diagonal"] = opt("diagonal", "d * U(V'h)")
+    feedback_rank: int = opt(2, "columns of U and V", 1)
+    per_pass_feedback: bool = opt(False, "a d of its own for each pass")
+    jacobian_proxy_weight: float = opt(0.01, "weight of the proxy in the loss")
+    interpass_rmsnorm: bool = opt(False, "rms_norm of h before each pass after the first")
 
-    matrix_lr: float = opt(0.025, ">=0", "Muon's learning rate", "optimization")
-    tied_embed_lr: float = opt(0.035, ">=0", "AdamW's learning rate of the tables")
-    scalar_lr: float = opt(0.025, ">=0", "AdamW's learning rate of all else")
-    muon_momentum: float = opt(0.99, "0..1", "Muon's momentum")
-    muon_momentum_warmup_start: float = opt(0.92, "0..1", "Muon's first momentum")
-    muon_momentum_warmup_frac: float = opt(0.237, "0..1", "its rise (1,500 of 6,330 steps)")
-    muon_momentum_frac: float = opt(0.0158, ">0", "its longest average (0.99 in 6,330 steps)")
-    muon_row_norm: bool = opt(True, "", "level the rows of Muon's gradient first (MuonEq-R)")
-    muon_backend_steps: int = opt(5, "1..20", "Newton-Schulz iterations")
-    muon_wd: float = opt(0.04, ">=0", "decoupled weight decay of the banks")
-    adam_wd: float = opt(0.04, ">=0", "decoupled weight decay of tables and projections")
-    beta1: float = opt(0.9, "0..0.9999", "AdamW's first decay")
-    beta2: float = opt(0.95, "0..0.9999", "AdamW's second decay")
-    adam_eps: float = opt(1e-8, ">0", "AdamW's epsilon")
-    grad_clip_norm: float = opt(0.3, ">0", "bound of the global gradient's norm")
-    warmdown_frac: float = opt(0.55, "0..1", "last fraction, in which the lr falls to 0")
+    matrix_lr: float = opt(0.025, "Muon's learning rate", group="optimization")
+    tied_embed_lr: float = opt(0.035, "AdamW's learning rate of the tables")
+    scalar_lr: float = opt(0.025, "AdamW's learning rate of all else")
+    muon_momentum: float = opt(0.99, "Muon's momentum")
+    muon_momentum_warmup_start: float = opt(0.92, "Muon's first momentum")
+    muon_momentum_warmup_frac: float = opt(0.237, "its rise (1,500 of 6,330 steps)", 1e-9)
+    muon_momentum_frac: float = opt(0.0158, "its longest average (100 of 6,330 steps)", 1e-9)
+    muon_row_norm: bool = opt(True, "level the rows of Muon's gradient first (MuonEq-R)")
+    muon_backend_steps: int = opt(5, "Newton-Schulz iterations", 1)
+    muon_wd: float = opt(0.04, "decoupled weight decay of the banks")
+    adam_wd: float = opt(0.04, "decoupled weight decay of tables and projections")
+    beta1: float = opt(0.9, "AdamW's first decay")
+    beta2: float = opt(0.95, "AdamW's second decay")
+    adam_eps: float = opt(1e-8, "AdamW's epsilon")
+    grad_clip_norm: float = opt(0.3, "bound of the global gradient's norm")
+    warmdown_frac: float = opt(0.55, "last fraction, in which the lr falls to 0", 1e-9)
 
-    weight_average: str = opt("ema", "none|ema|swa|ema_swa", "weights to export", "averaging, QAT")
-    ema_frac: float = opt(0.0526, "1e-6..1", "EMA's horizon (decay 0.997 in 6,330 steps)")
-    swa_frac: float = opt(0.0079, "0..1", "fraction between SWA's samples (50 of 6,330 steps)")
-    swa_lr_scale: float = opt(0.2, "0..1", "SWA starts below this lr scale")
-    late_qat_threshold: float = opt(0.15, "0..1", "QAT starts below this lr scale; 0: never")
-    qat_scope: str = opt("core", "core|all", "layers under QAT")
+    weight_average: Literal["none", "ema", "swa", "ema_swa"] = opt("ema", "exported", group="end")
+    ema_frac: float = opt(0.0526, "EMA's horizon (decay 0.997 in 6,330 steps)", 1e-9)
+    swa_frac: float = opt(0.0079, "fraction between SWA's samples (50 of 6,330 steps)")
+    swa_lr_scale: float = opt(0.2, "SWA starts below this lr scale")
+    late_qat_threshold: float = opt(0.15, "QAT starts below this lr scale; 0: never")
+    qat_scope: Literal["core", "all"] = opt("core", "layers under QAT")
 
-    evaluate: str | None = opt(None, "", "score this artifact instead of training", "evaluation")
-    artifact_limit_bytes: int = opt(16_000_000, ">=1", "most bytes of code and model together")
-    eval_wallclock_seconds: float | None = opt(600.0, ">0", "TTT epochs drop to end within this")
-    eval_stride: int = opt(64, ">=1", "tokens that a sliding window scores")
-    eval_batch_seqs: int = opt(64, ">=1", "windows that a rank scores at once")
-    sliding_eval: bool = opt(True, "", "score with sliding windows")
-    ttt_enabled: bool = opt(True, "", "score with score-first test-time training")
-    ttt_lr: float = opt(0.002, ">=0", "SGD's learning rate for the first chunk")
-    ttt_momentum: float = opt(0.9, "0..1", "SGD's momentum")
-    ttt_epochs: int = opt(3, ">=0", "epochs over each chunk once it is scored")
-    ttt_chunk_tokens: int = opt(32_768, ">=1", "tokens of a chunk")
-    ttt_batch_seqs: int = opt(32, ">=1", "most sequences of an SGD step, all ranks together")
-    ttt_grad_clip: float = opt(1.0, ">0", "bound of the gradient's norm")
-    token_losses: str | None = opt(None, "", "write the last evaluation's losses here (.npy, nats)")
+    evaluate: str | None = opt(None, "score this artifact, do not train", group="evaluation")
+    artifact_limit_bytes: int = opt(16_000_000, "most bytes of code and model together", 1)
+    eval_wallclock_seconds: float | None = opt(600.0, "TTT epochs drop to end within this")
+    eval_stride: int = opt(64, "tokens that a sliding window scores", 1)
+    eval_batch_seqs: int = opt(64, "windows that a rank scores at once", 1)
+    sliding_eval: bool = opt(True, "score with sliding windows")
+    ttt_enabled: bool = opt(True, "score with score-first test-time training")
+    ttt_lr: float = opt(0.002, "SGD's learning rate for the first chunk")
+    ttt_momentum: float = opt(0.9, "SGD's momentum")
+    ttt_epochs: int = opt(3, "epochs over each chunk once it is scored")
+    ttt_chunk_tokens: int = opt(32_768, "tokens of a chunk", 1)
+    ttt_batch_seqs: int = opt(32, "most sequences of an SGD step, all ranks together", 1)
+    ttt_grad_clip: float = opt(1.0, "bound of the gradient's norm")
+    token_losses: str | None = opt(None, "write the last evaluation's losses here (.npy, nats)")
 
     def __post_init__(self) -> None:
         """Raises UserError with every rule that is broken."""
-        values = [(f.name, getattr(self, f.name), f.metadata["rule"]) for f in fields(self)]
-        errors = [f"{n}={v} must be {rule}" for n, v, rule in values if not obeys(v, rule)]
-        infinite = [n for n, v, _ in values if isinstance(v, float) and not math.isfinite(v)]
-        errors += [f"{name} must be finite" for name in infinite]
-        errors = errors or [
-            ", ".join(f"{name}={getattr(self, name)}" for name in names.split()) + f": {text}"
-            for holds, names, text in self.rules()
-            if not holds
-        ]
-        require(not errors, "\n".join(errors))
+        mistakes = []
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            number = isinstance(value, (int, float))
+            if number and not (math.isfinite(value) and value >= least):
+                mistakes.append(f"{f.name}={value} must be a finite number of at least {least}")
+        mistakes = mistakes or [text for holds, text in self.rules() if not holds]
+        require(not mistakes, "\n".join(mistakes))
 
-    def rules(self) -> Iterator[tuple[bool, str, str]]:
-        """What no single field can check: whether it holds, of which settings, what to say."""
-        n, T, E = self.num_layers, self.train_seq_len, self.model_dim // self.num_heads
-        cap, layers, fitting = self.max_wallclock_seconds, self.ve_layer_ids, self.batch_seqs * T
-        limited = (self.iterations, cap) != (None, None)
-        yield limited, "iterations max_wallclock_seconds", "training would never end, set one"
-        room = cap is None or cap > self.reserve_seconds
-        yield room, "reserve_seconds max_wallclock_seconds", "no time is left, lower the first"
-        yield bool(self.run_id) or not self.resume, "resume run_id", "name the run that is to go on"
-        multiple = f"no multiple of the window of {T} tokens: use {max(fitting, T)}"
-        yield 0 < fitting == self.train_batch_tokens, "train_batch_tokens", multiple
-        yield self.micro_batch_tokens >= T, "micro_batch_tokens", f"raise it to a window of {T}"
-        inside = self.core_start < self.core_end <= n
-        yield inside, "core_start core_end", f"the core must be a part of the {n} layers"
-        yield self.mlp_dim >= 1, "mlp_mult model_dim", "no MLP is left, raise mlp_mult"
-        divides = self.model_dim % self.num_heads == 0 == self.num_heads % self.num_kv_heads
-        yield divides, "model_dim num_heads num_kv_heads", "each must divide the one before"
-        even = self.rope_dims % 2 == 0 and self.rope_dims <= E
-        yield even, "rope_dims", f"must be even and at most the head dim {E}"
-        yield self.bigram_vocab_size != 1, "bigram_vocab_size", "use 0 (off) or at least 2"
-        yield self.eval_stride <= T, "eval_stride", f"would skip tokens, use at most {T}"
-        differ = len(set(layers)) == len(layers) and all(0 <= i < n for i in layers)
-        yield differ, "ve_layers", f"write different layers of 0..{n - 1} such as 9,10, or none"
-        most = 0
-        try:
-            most = self.max_passes
-        except ValueError:
-            text = "starts from 0 that rise, all steps or all fractions below 1, and 1..64 passes"
-            yield False, "passes_schedule", f"write {text}, such as 0.0:1,0.626:2 or 0:1,4500:2"
-        yield most != 1 or self.eval_passes in (None, 1), "eval_passes", "training has one pass"
+    def rules(self) -> list[tuple[bool, str]]:
+        """What settings must keep to together, and what to say if they don't."""
+        T, L, E = self.train_seq_len, self.num_layers, self.model_dim // self.num_heads
+        heads = f"model_dim={self.model_dim}, num_heads={self.num_heads}"
+        heads += f", num_kv_heads={self.num_kv_heads}: each must divide the one before"
+        core = f"core_start={self.core_start}, core_end={self.core_end}: no part of {L} layers"
+        batch = f"train_batch_tokens={self.train_batch_tokens} is no multiple of the window of {T}"
+        batch += f" tokens: use {max(1, self.batch_seqs) * T}"
+        ve_layers, most = self.ve_layer_ids, self.max_passes
+        differ = len(set(ve_layers)) == len(ve_layers) and all(0 <= i < L for i in ve_layers)
+        passes = f"passes_schedule={self.passes_schedule}, num_passes={self.num_passes}: starts"
+        passes += " rise from 0, all steps or all fractions below 1, passes are 1..64"
+        endless = self.iterations is None and self.max_wallclock_seconds is None
+        return [
+            (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
+            (bool(self.run_id) or not self.resume, "resume: name the run that goes on: --run-id"),
+            (self.train_batch_tokens % T == 0, batch),
+            (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T}"),
+            (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
+            ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
+            (self.core_start < self.core_end <= L, core),
+            (self.mlp_dim >= 1, f"mlp_mult={self.mlp_mult} leaves no MLP: raise it"),
+            (self.model_dim % self.num_heads == self.num_heads % self.num_kv_heads == 0, heads),
+            (self.rope_dims % 2 == 0 and self.rope_dims <= E, f"rope_dims: even and up to {E}"),
+            (self.bigram_vocab_size != 1, "bigram_vocab_size: use 0 (off) or at least 2"),
+            (self.eval_stride <= T, f"eval_stride: would skip tokens, use at most {T}"),
+            (differ, f"ve_layers={self.ve_layers}: use different layers of 0..{L - 1}, or none"),
+            (max(self.beta1, self.beta2) < 1, "beta1, beta2: must be below 1"),
+            (1 <= most <= 64, passes),
+            ((self.eval_passes or 1) <= (64 if most > 1 else 1), "eval_passes: at most 64, or 1"),
+        ]
 
     @property
     def batch_seqs(self) -> int:
@@ -272,6 +271,10 @@ class Hyperparameters:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def kv_dim(self) -> int:
+        return self.model_dim // self.num_heads * self.num_kv_heads
+
+    @property
     def ve_layer_ids(self) -> tuple[int, ...]:
         """The layers with value embeddings; -1 for a word that is no number."""
         words = [] if self.ve_layers in ("", "none") else self.ve_layers.split(",")
@@ -280,101 +283,112 @@ class Hyperparameters:
     @property
     def growth(self) -> tuple[tuple[int | float, int], ...]:
         """The schedule as (start, passes): an int start is a step, a float a fraction."""
-        return parse_growth(f"0:{self.num_passes}" if self.num_passes else self.passes_schedule)
+        return ((0, self.num_passes),) if self.num_passes else parse_growth(self.passes_schedule)
 
     @property
     def max_passes(self) -> int:
-        return max(passes for _, passes in self.growth)
-
-    @property
-    def passes_in_evaluation(self) -> int:
-        return self.eval_passes or self.growth[-1][1]
+        return max((passes for _, passes in self.growth), default=0)
 
     def architecture(self) -> dict[str, Any]:
-        """The model's and the recurrence's settings: without them an artifact means nothing."""
-        names = [f.name for f in fields(self)]
-        kept = names[names.index("vocab_size") : names.index("matrix_lr")]
-        return {name: getattr(self, name) for name in kept}
-
-
-def obeys(value: Any, rule: str) -> bool:
-    """Whether a setting's value keeps to its rule; see `opt`."""
-    if "|" in rule:
-        return value in rule.split("|")
-    low, _, high = rule.lstrip(">=").partition("..")
-    if value is None or not low:
-        return True
-    strictly = rule[0] == ">" and rule[1] != "="
-    reaches = value > float(low) if strictly else value >= float(low)
-    return reaches and value <= float(high or "inf")
+        """The groups `model` and `recurrence`: without them an artifact means nothing."""
+        kept, group = {}, ""
+        for f in fields(self):
+            group = f.metadata["group"] or group
+            if group in ("model", "recurrence"):
+                kept[f.name] = getattr(self, f.name)
+        return kept
 
 
 @cache
 def parse_growth(text: str) -> tuple[tuple[int | float, int], ...]:
-    """(start, passes), ... of a text such as 0.0:1,0.626:2 or 0:1,4500:2. Raises ValueError."""
-    words = [item.split(":") for item in text.split(",")]
-    growth = tuple((float(s) if "." in s else int(s), int(passes)) for s, passes in words)
-    starts = [start for start, _ in growth]
-    rise = starts[0] == 0 and all(a < b for a, b in pairwise(starts))
-    alike = {type(s) for s in starts[1:]} in ({int}, {float}, set())
-    below = isinstance(starts[-1], int) or starts[-1] < 1
-    if not (rise and alike and below and all(1 <= passes <= 64 for _, passes in growth)):
-        raise ValueError(text)
-    return growth
+    """(start, passes), ... of a text such as 0.0:1,0.626:2 or 0:1,4500:2; () if it is wrong."""
+    growth = []
+    with suppress(ValueError):
+        for item in text.split(","):
+            start, passes = item.split(":")
+            growth.append((float(start) if "." in start else int(start), int(passes)))
+        starts = [start for start, _ in growth]
+        rise = starts[0] == 0 and all(a < b for a, b in pairwise(starts))
+        alike = len({type(start) for start in starts[1:]}) <= 1
+        below = isinstance(starts[-1], int) or starts[-1] < 1
+        if rise and alike and below and all(passes >= 1 for _, passes in growth):
+            return tuple(growth)
+    return ()
 
 
-def parse_value(kind: str, text: str) -> Any:
+def parse_value(kind: Any, text: str) -> Any:
     """The text of a flag or variable as the annotated type. Raises ValueError or KeyError."""
-    base, word = kind.removesuffix(" | None"), text.strip().lower()
-    if base != kind and word in ("", "none"):
-        return None
-    if base == "bool":
-        return {"0": False, "false": False, "1": True, "true": True}[word]
-    return {"int": int, "float": float, "str": str}[base](text)
+    options, word = get_args(kind), text.strip().lower()
+    if type(None) in options:
+        return None if word in ("", "none") else options[0](text)
+    if options:
+        return options[options.index(text)]
+    return (
+        {"0": False, "false": False, "1": True, "true": True}[word] if kind is bool else kind(text)
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag takes text, so that all mistakes are found and told together."""
-    title, _, rest = __doc__.partition("\n\n")
+    title, _, rest = (__doc__ or "").partition("\n\n")
     usage = "train_gpt.py [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser("train_gpt.py", usage, title, rest, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--env", metavar="FILE", help="a file of lines NAME=VALUE")
     add = parser.add_argument
     for f in fields(Hyperparameters):
-        text, rule, group = (f.metadata[key] for key in ("text", "rule", "group"))
-        add = parser.add_argument_group(group).add_argument if group else add
-        kind = str(f.type).removesuffix(" | None")
-        style = {"metavar": kind.upper()}
-        style = {"action": argparse.BooleanOptionalAction} if kind == "bool" else style
-        text = f"{text} [{f.name.upper()}={f.default}] {rule}"
+        if f.metadata["group"]:
+            add = parser.add_argument_group(f.metadata["group"]).add_argument
+        style = {"metavar": f.type}
+        if f.type == "bool":
+            style = {"action": argparse.BooleanOptionalAction}
+        text = f"{f.metadata['text']} [{f.name.upper()}={f.default}]"
         add("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **style)
     return parser
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """The settings of a file of lines NAME=VALUE; `#` opens a comment line. Raises UserError."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"env={path} cannot be read ({error}): name a text file") from None
+    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
+    settings = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    unknown = settings.keys() - {f.name for f in fields(Hyperparameters)}
+    require(not unknown, f"env={path} has no settings {', '.join(unknown)}: see --help")
+    return settings
 
 
 def read_configuration(
     env: Mapping[str, str], argv: Sequence[str]
 ) -> tuple[Hyperparameters, dict[str, str]]:
-    """Settings from defaults, then `env`, then `argv`; and the source of each.
+    """Settings from defaults, --env's file, `env`, then `argv`; and the source of each.
 
     Raises UserError with every mistake at once.
     """
     known, unknown = build_parser().parse_known_args(argv)
-    flags, values, sources = known.__dict__, {}, {}
-    errors = [f"unknown argument {a}: see --help" for a in unknown]
-    for f in fields(Hyperparameters):
-        name, variable = f.name, f.name.upper()
-        sources[name] = "flag" if name in flags else "env" if variable in env else "default"
-        raw = flags.get(name, env.get(variable))
+    kinds, errors, values = get_type_hints(Hyperparameters), [], {}
+    for word in unknown:
+        near = difflib.get_close_matches(word.strip("-").replace("-", "_"), kinds, 1)
+        hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help"
+        errors.append(f"unknown argument {word}: {hint}")
+    variables = {name: env[name.upper()] for name in kinds if name.upper() in env}
+    file = read_env_file(known.env) if known.env else {}
+    given, sources = {"flag": vars(known), "env": variables, "file": file}, {}
+    for name, kind in kinds.items():
+        sources[name] = next((s for s in given if name in given[s]), "default")
+        raw = given.get(sources[name], {}).get(name)
         try:
-            if sources[name] != "default":
-                values[name] = raw if isinstance(raw, bool) else parse_value(str(f.type), raw)
+            if raw is not None:
+                values[name] = raw if isinstance(raw, bool) else parse_value(kind, raw)
         except (ValueError, KeyError):
-            kind = "bool (0, 1, false, true)" if f.type == "bool" else f.type
-            errors.append(f"{name}={raw} ({sources[name]}) is no {kind}")
-    if sources["train_batch_tokens"] == "default":
-        T = values.get("train_seq_len", 2048)
+            rule = Hyperparameters.__annotations__[name].replace("bool", "bool (0, 1, false, true)")
+            errors.append(f"{name}={raw} ({sources[name]}) is no {rule}")
+    if "train_batch_tokens" not in values:
+        T = max(1, values.get("train_seq_len", 2048))
         tokens = 98_304 * int(env.get("WORLD_SIZE", 1))  # the recipe's 786,432 on 8 GPUs
-        values["train_batch_tokens"] = max(1, tokens // max(1, T)) * T
+        values["train_batch_tokens"] = max(1, tokens // T) * T
     try:
         hp = Hyperparameters(**values)
     except UserError as error:
@@ -384,7 +398,7 @@ def read_configuration(
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Runtime and log: which process this is, what it computes on, and the one writer of the log
+# 3. Process and log: which process this is, what it computes on, what it writes, what stops it
 
 
 @dataclass(frozen=True)
@@ -395,6 +409,7 @@ class Runtime:
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    compiles: bool = False
 
     @classmethod
     def start(cls, hp: Hyperparameters) -> Runtime:
@@ -407,11 +422,14 @@ class Runtime:
             require(local < gpus, f"{text}: start at most {gpus} processes a node")
             device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(device)
-            dtype = torch.bfloat16
+            if torch.cuda.get_device_capability() >= (8, 0):  # older ones emulate bfloat16
+                dtype = torch.bfloat16
         if world_size > 1:
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        compiles = hp.compile == "on" or (hp.compile == "auto" and device.type == "cuda")
+        torch.compiler.set_stance("default" if compiles else "force_eager")
         dtype = dtype if hp.dtype == "auto" else getattr(torch, hp.dtype)
-        return cls(rank, world_size, device, dtype)
+        return cls(rank, world_size, device, dtype, compiles)
 
     @property
     def is_main(self) -> bool:
@@ -422,6 +440,13 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
+
+    def largest(self, value: int) -> int:
+        """The largest of every rank's `value`."""
+        box = torch.tensor(value)
+        if self.world_size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
 
     def barrier(self) -> None:
         """Returns once every rank's device has done all that it was given before."""
@@ -449,60 +474,80 @@ def log_text(value: Any) -> str:
 
 
 class Log:
-    """Writes lines `event key:value key:value`; what is no plain character is percent-encoded."""
+    """Writes lines `event key:value key:value` to the screen and to a file."""
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
-        """path: None for a process that does not write. Raises UserError."""
-        self.path, self.resume, self.bar, self.since = path, resume, False, time.perf_counter()
-        self.outputs, self.early = [sys.stdout], io.StringIO()  # early: what it wrote so far
-        for existing in (path, path.with_suffix(".checkpoints")) if path else ():
-            text = f"run_id: {existing} exists and is never overwritten: choose another run_id"
-            require(resume or not existing.exists(), f"{text}, or --resume")
-
-    def open(self) -> None:
-        """Creates the file, once it is known that there will be a run. Raises UserError."""
-        if self.path is None:
+        """path: None for a process that writes nothing. Raises UserError."""
+        self.path, self.outputs, self.since = path, [], PROGRAM_START
+        self.has_results = resume  # else the file of a run that fails is removed
+        if path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a" if self.resume else "x", encoding="utf-8")
-            file.write("\n" * (file.tell() > 0) + self.early.getvalue())  # it may end within a line
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a" if resume else "x", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_id: another process writes {path}: wait for its end") from None
         except OSError as error:
-            text = f"output_dir: cannot write {self.path} ({error.strerror})"
-            raise UserError(f"{text}: choose another folder") from None
-        self.outputs.append(file)
+            text = f"output_dir: cannot write {path} ({error.strerror}): choose another folder"
+            raise UserError(text) from None
+        file.write("\n" if file.tell() else "")  # the last line of a killed run may be cut
+        self.outputs = [sys.stdout, file]
 
     def event(self, name: str = "", /, **pairs: Any) -> None:
         """One line; `name` is empty for the lines of single steps, as is the field's custom."""
-        if self.path is None:
-            return
         line = " ".join(filter(None, [name, *(f"{k}:{log_text(v)}" for k, v in pairs.items())]))
-        self.early.write(line + "\n")
-        for output in list(self.outputs):
-            start = "\r\033[K" * (self.bar and output is sys.stdout)
-            try:
-                print(start + line, file=output, flush=True)
-            except OSError as error:  # a full disk must not end a run that is worth its GPUs
-                self.outputs.remove(output)
-                self.outputs = self.outputs or [sys.stderr]
-                with suppress(OSError):
-                    text = f"warning: {output.name} ends here ({error.strerror})"
-                    print(text, file=sys.stderr, flush=True)
-        self.bar = False
+        for output in self.outputs:
+            with suppress(OSError):  # a full disk must not end a run that is worth its GPUs
+                clear = "\r\033[K" if output.isatty() else ""
+                print(clear + line, file=output, flush=True)
 
-    def progress(self, fraction: float, what: str) -> None:
-        """A bar on a terminal; nothing elsewhere, where the log's lines show the progress."""
-        if self.path is not None and sys.stdout.isatty():
-            bar = "#" * round(30 * fraction)
+    def progress(self, text: str) -> None:
+        """Shows how far the work is in the last line of a terminal; nothing elsewhere."""
+        if self.outputs and sys.stdout.isatty():
             with suppress(OSError):
-                print(f"\r[{bar:.<30}] {fraction:4.0%} {what}\033[K", end="", flush=True)
-            self.bar = True
+                print(f"\r{text}\033[K", end="", flush=True)
 
     def phase(self, name: str) -> None:
         """Logs the seconds since the last phase ended."""
         now = time.perf_counter()
         self.event("phase", name=name, seconds=f"{now - self.since:.3f}")
         self.since = now
+
+    def abandon(self, error: BaseException) -> None:
+        """Logs why the run ends; a run without results leaves no file, so that its id is free."""
+        self.event("failed", text=(str(error) or repr(error)).splitlines()[0])
+        if self.path is not None and not self.has_results:
+            self.path.unlink(missing_ok=True)
+
+
+class Interrupts:
+    """SIGTERM, SIGINT and SIGHUP end the program, unless its work is worth finishing first."""
+
+    def __init__(self) -> None:
+        self.noted, self.advice = 0, ""  # the advice is empty where nothing is worth finishing
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's choice stays
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self.noted or not self.advice:
+            raise SystemExit(f"stopped by {name}")
+        self.noted = number
+        # Not print: the signal may have come within a print to the same file.
+        os.write(2, f"\n{name}: {self.advice}\n".encode())
+
+    @contextmanager
+    def deferred(self, advice: str) -> Iterator[None]:
+        """Within it the first signal is only noted, and answered with `advice`."""
+        self.advice = advice
+        try:
+            yield
+        finally:
+            self.advice = ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -519,20 +564,13 @@ def find_data_shards(data_path: Path, split: str) -> list[Path]:
 
 def open_data_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map of uint16. Raises UserError."""
-
-    def check(holds: bool, text: str) -> None:
-        require(holds, f"data shard {path} {text}: download or prepare it again")
-
-    check(path.is_file(), "is missing")
-    size, header_bytes = path.stat().st_size, 4 * SHARD_HEADER_WORDS
-    check(size >= header_bytes, f"has {size} bytes, less than its header")
-    *found, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    expected = [SHARD_MAGIC, SHARD_VERSION]
-    check(found == expected, f"starts with {found}, not with magic and version {expected}")
-    held = (size - header_bytes) / 2
-    check(count == held, f"counts {count} tokens in its header and holds {held:g}")
-    check(count > 0, "holds no tokens")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
+    size, start = path.stat().st_size, 4 * SHARD_HEADER_WORDS
+    head = np.fromfile(path, dtype="<i4", count=3).tolist()
+    whole = size > start and head == [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
+    text = f"data shard {path} of {size} bytes begins with {head} instead of"
+    right = f"{[SHARD_MAGIC, SHARD_VERSION]} and the count of its tokens"
+    require(whole, f"{text} {right}: download or prepare it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(head[2],))
 
 
 def data_fingerprint(paths: Sequence[Path]) -> str:
@@ -545,29 +583,38 @@ def data_fingerprint(paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_token_ids(paths: Sequence[Path], vocab_size: int) -> None:
-    """Raises UserError if a shard holds a token that is no piece of the vocabulary."""
-    for path in paths:
-        largest = int(open_data_shard(path).max())
-        text = f"data shard {path} holds token {largest}, outside vocab_size={vocab_size}"
-        require(largest < vocab_size, f"{text}: use the tokenizer that it was made with")
+def find_tokenizer(hp: Hyperparameters) -> Path:
+    """The tokenizer that is named, or that lies in the data's folder, or the field's."""
+    beside = Path(hp.data_path) / "tokenizer.model"
+    default = beside if beside.exists() else "data/tokenizers/fineweb_1024_bpe.model"
+    return Path(hp.tokenizer_path or default)
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> spm.SentencePieceProcessor:
-    """The SentencePiece model at `path`. Raises UserError unless it has `vocab_size` pieces."""
-    name = f"tokenizer_path={path}"
-    require(path.is_file(), f"{name} is missing: set TOKENIZER_PATH to the model of the shards")
-    tokenizer = spm.SentencePieceProcessor()
+def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
+    """The SentencePiece model at `path`. Raises UserError."""
+    tokenizer, name = spm.SentencePieceProcessor(), f"tokenizer_path={path}"
     try:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, OSError):
         raise UserError(f"{name} is no SentencePiece model: set TOKENIZER_PATH") from None
-    pieces = tokenizer.vocab_size()
-    text = f"{name} has {pieces} pieces, the model vocab_size={vocab_size}: use another tokenizer"
-    require(pieces == vocab_size, f"{text}, or train a model with VOCAB_SIZE={pieces}")
     has_space = not tokenizer.IsUnknown(tokenizer.PieceToId("▁"))
     require(has_space, f"{name} has no piece for the space, so that bytes would be miscounted")
     return tokenizer
+
+
+def check_tokenizer(hp: Hyperparameters, pieces: int, largest: int) -> None:
+    """Raises UserError if the shards' largest token or their manifest speak of another tokenizer.
+
+    data/prepare_text.py writes the manifest; the field's own names no hash.
+    """
+    path, manifest, named = find_tokenizer(hp), Path(hp.data_path) / "manifest.json", None
+    remedy = "use the tokenizer that the shards were made with"
+    text = f"tokenizer_path={path} has {pieces} pieces, the shards' largest token is {largest}"
+    require(pieces / 2 <= largest < pieces, f"{text}: {remedy}")
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        named = json.loads(manifest.read_bytes())["tokenizer"]["sha256"]
+    same = named in (None, hashlib.sha256(path.read_bytes()).hexdigest())
+    require(same, f"tokenizer_path={path} is not the one that {manifest} names: {remedy}")
 
 
 class TokenBytes:
@@ -591,27 +638,6 @@ class TokenBytes:
     def of(self, previous: Tensor, target: Tensor) -> Tensor:
         """Bytes of each `target` that follows `previous` (any equal shapes), int32."""
         return self.length[target] + self.space[target] * self.inner[previous]
-
-
-def check_token_bytes(tokenizer: Any, table: TokenBytes, tokens: np.ndarray) -> None:
-    """Raises UserError unless the table's sum is the length of the text of a prefix of `tokens`.
-
-    Decoding is the independent reference: it knows nothing of the table. The space that opens a
-    document (its first `▁`) is not counted, as in the table.
-    """
-    prefix = tokens[:200_000].astype(np.int64)
-    while len(prefix) > 1 and tokenizer.IsByte(int(prefix[-1])):
-        prefix = prefix[:-1]  # a character cut in two would decode to U+FFFD
-    boundaries = np.flatnonzero(table.inner.cpu().numpy()[prefix] == 0).tolist()
-    decoded = 0
-    for start, end in pairwise([-1, *boundaries, len(prefix)]):
-        text = tokenizer.Decode(prefix[start + 1 : end].tolist())
-        decoded += len(text.removeprefix(" " if start >= 0 else "").encode())
-    ids = torch.from_numpy(prefix).to(table.length.device)
-    counted = len(tokenizer.Decode(prefix[:1].tolist()).encode())
-    counted += int(table.of(ids[:-1], ids[1:]).sum())
-    text = f"tokenizer_path: its pieces count {counted} bytes for a text of {decoded} bytes"
-    require(counted == decoded, f"{text}: use the tokenizer of the shards, with byte fallback")
 
 
 class BatchLoader:
@@ -667,17 +693,68 @@ class BatchLoader:
         return self.pending.pop(step).result().to(self.runtime.device, non_blocking=True)
 
 
+class Data(NamedTuple):
+    """What a run reads, checked."""
+
+    loader: BatchLoader | None  # None where nothing is trained
+    val_tokens: np.ndarray  # uint16
+    token_bytes: TokenBytes
+    facts: list[dict[str, Any]]  # of each split, for the log
+
+
+def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, Data]:
+    """Opens and checks all data before anything expensive; the settings get the vocabulary's size.
+
+    Raises UserError.
+    """
+    tokenizer, largest, facts, loader = load_tokenizer(find_tokenizer(hp)), 0, [], None
+    pieces, T = tokenizer.vocab_size(), hp.train_seq_len
+    hp = replace(hp, vocab_size=hp.vocab_size or pieces)
+    text = f"tokenizer_path={find_tokenizer(hp)} has {pieces} pieces, not vocab_size"
+    require(pieces == hp.vocab_size, f"{text}={hp.vocab_size}: use the tokenizer of that size")
+    for split in ("val",) if hp.evaluate else ("train", "val"):
+        paths = find_data_shards(Path(hp.data_path), split)
+        shards = [open_data_shard(path) for path in paths]
+        mine = shards[runtime.rank :: runtime.world_size]
+        largest = max([largest, *(int(shard.max()) for shard in mine)])
+        counts = {"shards": len(shards), "tokens": sum(map(len, shards))}
+        facts.append({"split": split, **counts, "fingerprint": data_fingerprint(paths)})
+        if split == "train":
+            loader = BatchLoader(shards, hp, runtime)
+    check_tokenizer(hp, pieces, runtime.largest(largest))
+    tokens = np.concatenate(shards)
+    text = f"data_path: {len(tokens)} validation tokens are not more than a window of {T}"
+    require(len(tokens) > T, f"{text}: prepare more text or lower train_seq_len")
+    return hp, Data(loader, tokens, TokenBytes(tokenizer, runtime.device), facts)
+
+
 # --------------------------------------------------------------------------------------------------
 # 5. Layers: pure functions of tensors
 
 Rope = tuple[Tensor, Tensor, int]  # cos and signed sin (T, E), rope_dims / 2
+Scaled = tuple[Tensor, Tensor]  # what is added to a stream, and the weight that it is added with
+
+
+def region(function: Callable) -> Callable:
+    """Compiles `function` as one graph, unless the process is set to run eagerly.
+
+    The compilation is made at the first call and shared by all models of the process.
+    """
+    compiled = cache(partial(torch.compile, function, dynamic=False, fullgraph=True))
+    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+def any_size(x: Tensor) -> Tensor:
+    """x, for which one compiled graph is to serve all sizes of its first dim."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 class Layer(NamedTuple):
-    """One unique layer: weights in the compute dtype with all scales folded in, and what it adds.
+    """The weights of one unique layer in the compute dtype, all scales folded into the matrices.
 
     What multiplies a matrix costs nothing; what multiplies its (B, T, D) output costs three
-    passes over it. On an H100 folding took 2% off the step.
+    passes over it: folding took 2% off a step on an H100.
     """
 
     qkv: Tensor  # (D + 2 G*E, D), times 1/sqrt(i+1)
@@ -687,8 +764,6 @@ class Layer(NamedTuple):
     resid_mix: Tensor  # (2, D)
     q_gain: Tensor  # (H,)
     xsa: bool
-    value: tuple[Tensor, Tensor] | None = None  # value embeddings (B, T, G*E), their scale ()
-    skip: tuple[Tensor, Tensor] | None = None  # a stem output (B, T, D) and its weight (D,)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -696,9 +771,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (T, E) of every position's angles; the base is NTK-scaled beyond 1,024.
+    """cos and signed sin (T, E) of partial RoPE (Su et al. 2021; PR 315), NTK-scaled beyond 1,024.
 
-    sin is negated in the first half of the dims that turn; those that don't have cos 1, sin 0.
+    sin is negated in the first half of the dims that turn; the others have cos 1 and sin 0.
     """
     length, dims = hp.train_seq_len, hp.rope_dims
     stretch = max(1.0, length / 1024) ** (dims / max(1, dims - 2))
@@ -712,26 +787,19 @@ def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     """Turns the first 2*half dims of each head of x (B, T, H, E), i with i+half, by its position.
 
-    By exchanged halves times a signed sine, so that norm, turn and gain of q and k are one kernel:
-    0.11 ms for 98,304 tokens on an H100. With each half turned by itself they were four, 0.20 ms.
+    By exchanged halves times a signed sine, so that norm, turn and gain compile to one kernel.
     """
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
     return x * cos + torch.cat([b, a, rest], dim=-1) * sin
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: removes from each head's output y (B, T, H, E) its part along its own v (B, T, G, E)."""
-    y = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, E)
-    v = F.normalize(v, dim=-1).unsqueeze(3)
-    return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
-
-
 class Heads(torch.autograd.Function):
     """q = gain rot(n(x_q)), k = rot(n(x_k)), v = x_v of x (B, T, H+2G, E); n: rms_norm of a head.
 
-    Written out for its backward: with u = rot^T dq the gradients of the norm and of the gain need
-    one and the same sum, u^T n. Autograd's own backward moves more memory.
+    Norms of q and k: Henry et al. 2020 (QK-norm). The backward is written out, for with
+    u = rot' dq the gradients of norm and gain need one and the same sum, u'n; autograd's own moves
+    more memory.
     """
 
     @staticmethod
@@ -770,15 +838,360 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-def attention(x: Tensor, layer: Layer, rope: Rope) -> Tensor:
-    """Causal grouped-query attention, (B, T, D) -> (B, T, D)."""
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA (Zhai 2026, arXiv 2603.09078; PR 287): removes from each head's output y (B, T, H, E) its
+    part along its own v (B, T, G, E)."""
+    y = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, E)
+    v = F.normalize(v, dim=-1).unsqueeze(3)
+    return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
+
+
+def attention(x: Tensor, layer: Layer, value: Scaled | None, rope: Rope) -> Tensor:
+    """Causal grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D).
+
+    value: value embeddings (B, T, G*E) and their scale.
+    """
     x = F.linear(x, layer.qkv).unflatten(-1, (-1, layer.out.size(0) // layer.q_gain.numel()))
     q, k, v = Heads.apply(x, layer.q_gain, *rope)
-    v = v if layer.value is None else v + layer.value[1] * layer.value[0].view_as(v)
+    if value is not None:
+        v = v + value[1] * value[0].view_as(v)
     y = attend(q, k, v)  # (B, T, H, E)
     y = exclude_self(y, v) if layer.xsa else y
     return F.linear(y.flatten(2), layer.out)
 
+
+def mlp(x: Tensor, layer: Layer) -> Tensor:
+    """leaky_relu(x up', 0.5)^2 down', (B, T, D) -> (B, T, D)."""
+    if fuses_mlp(x.device, x.dtype, layer.mlp_up.shape):
+        return FusedMLP.apply(x.flatten(0, 1), layer.mlp_up, layer.mlp_down).view_as(x)
+    return F.linear(F.leaky_relu(F.linear(x, layer.mlp_up), 0.5).square(), layer.mlp_down)
+
+
+def block(
+    x: Tensor, layer: Layer, value: Scaled | None, skip: Scaled | None, x0: Tensor, rope: Rope
+) -> Tensor:
+    """One layer of the stream x (B, T, D) that started from x0; skip: a stem output to add."""
+    if skip is not None:
+        x = x + skip[1] * skip[0]
+    x = layer.resid_mix[0] * x + layer.resid_mix[1] * x0
+    x = x + attention(rms_norm(x), layer, value, rope)
+    return x + mlp(rms_norm(x), layer)
+
+
+# Training compiles a stack of layers as one, for kernels join across layers. Scoring compiles each
+# kind of layer once instead: fewer graphs.
+compiled_block = region(block)
+
+
+@region
+def stack(
+    x: Tensor, layers: list, values: list, skips: list, x0: Tensor, rope: Rope, keep: int
+) -> list[Tensor]:
+    """The last `keep` outputs of layers in turn; an unused one would cost a gradient of zeros."""
+    rows = zip(layers, values, skips, strict=True)
+    return [x := block(x, *row, x0, rope) for row in rows][len(layers) - keep :]
+
+
+def run_layers(
+    x: Tensor, layers: list, values: list, skips: list, x0: Tensor, rope: Rope, keep: int = 1
+) -> list[Tensor]:
+    """x, and after it the last `keep` outputs of layers in turn."""
+    skips = skips + [None] * (len(layers) - len(skips))
+    if torch.is_grad_enabled():
+        for t in (x, x0, *(pair[0] for pair in (*values, *skips) if pair)):
+            any_size(t)
+        return [x, *stack(x, layers, values, skips, x0, rope, keep)]
+    outputs = [x.view_as(x)]  # were it x0 itself, that would be a graph of its own
+    for row in zip(layers, values, skips, strict=True):
+        outputs.append(compiled_block(outputs[-1], *row, x0, rope))
+    return [x, *outputs[1:]]
+
+
+def bigram_rows(ids: Tensor, num_rows: int) -> Tensor:
+    """BigramHash (PR 162): the row of each position of ids (B, T); the last row is position 0's."""
+    rows = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (num_rows - 1)
+    return F.pad(rows, (1, 0), value=num_rows - 1)
+
+
+@region
+def embed(
+    ids: Tensor, table: Tensor, bigram: tuple[Tensor, ...], gate: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """ids (B, T) int32 -> x0 (B, T, D): token and bigram embeddings, normed, then smeared: each
+    position takes a part of the one before it (modded-nanogpt; PR 162)."""
+    x = F.embedding(ids, table.to(dtype))
+    if bigram:
+        rows, projection, scale = (t.to(dtype) for t in bigram)
+        x = x + scale * F.linear(F.embedding(bigram_rows(ids, len(rows)), rows), projection)
+    x, g = rms_norm(x), gate.sigmoid().to(dtype)
+    return (1 - g) * x + g * F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+@region
+def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy in nats of each target: x (B*T, D), targets (B*T,) -> (B*T,) float32."""
+    logits = F.linear(rms_norm(x), table.to(x.dtype)).float()
+    logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets.long(), reduction="none")
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Recurrence: the core applied K times, and what keeps that stable
+
+
+class Stability(NamedTuple):
+    """How the passes behaved on one batch; norms are of each sequence, over (T, D), in float32."""
+
+    jacobian_proxy: Tensor  # (B,), the only one with a gradient
+    growth: Tensor  # (K,) mean over B of |h_{k+1}| / |h_k|
+    update: Tensor  # (K,) mean over B of |h_{k+1} - h_k| / |h_k|
+    feedback: Tensor  # (K,) mean over B of |c_k| / |h_k|
+
+
+def sequence_norm(x: Tensor) -> Tensor:
+    # (B, T, D) -> (B,); vector_norm's gradient at 0 is 0, where a square root's is infinite
+    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32)
+
+
+@region
+def error_feedback(h: Tensor, U: Tensor, V: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """c = d * (U V'h) and h + c, of h (B, T, D), U and V (D, rank), d (D,) or None for 1."""
+    c = (h @ V.to(h.dtype)) @ U.to(h.dtype).T
+    c = c if d is None else d.to(h.dtype) * c
+    return c, h + c
+
+
+@region
+def advance(h: Tensor, z: Tensor, core_z: Tensor, scale: Tensor) -> Tensor:
+    """h_{k+1} = h_k + a_k (core(z_k) - z_k)."""
+    return h + scale.to(h.dtype) * (core_z - z)
+
+
+@region
+def measure(h: Tensor, h_next: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A pass's term of the proxy (B,), and its mean growth, update and feedback (3,)."""
+    size = sequence_norm(h) + 1e-6
+    update = sequence_norm(h_next - h) / size
+    feedback = torch.zeros_like(size) if c is None else sequence_norm(c) / size
+    ratios = torch.stack([sequence_norm(h_next) / size, update, feedback])
+    return F.relu(update - 1).square(), ratios.mean(1).detach()
+
+
+class Recurrence(nn.Module):
+    """h_{k+1} = h_k + a_k F(h_k + c_k),  F(z) = core(z) - z,  c_k = d * (U V'h_k).
+
+    Pass 0 is the plain core, a_0 = 1 and c_0 = 0, so that a model grows without a jump in it.
+    The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 is taken of each sequence and averaged
+    (not of the whole batch), so that it does not depend on how the batch is cut among ranks.
+    Source: PR 1230.
+    """
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self.hp = hp
+        self.later = hp.max_passes - 1  # passes after the first
+        create_parameters(self, recurrence_table(hp))
+
+    def feedback(self, h: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
+        """The correction c_k, if there is one, and z_k = h_k + c_k."""
+        if self.hp.feedback_mode == "none":
+            return None, h
+        d = None
+        if self.hp.feedback_mode == "diagonal":
+            d = self.d[min(k, len(self.d)) - 1]
+        return error_feedback(h, self.U, self.V, d)
+
+    def forward(
+        self, h: Tensor, core: Callable[[Tensor], Tensor], num_passes: int
+    ) -> tuple[Tensor, Stability]:
+        """h_0 (B, T, D) -> h_K. A pass beyond those of training uses the last scale and d."""
+        measures = []
+        for k in range(num_passes):
+            if k == 0:
+                c, h_next = None, core(h)
+            else:
+                h = rms_norm(h) if self.hp.interpass_rmsnorm else h
+                c, z = self.feedback(h, k)
+                h_next = advance(h, z, core(z), self.residual_scale[min(k, self.later) - 1])
+            measures.append(measure(h, h_next, c))
+            h = h_next
+        terms, ratios = zip(*measures, strict=True)
+        return h, Stability(torch.stack(terms).sum(0), *torch.stack(ratios).unbind(1))
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Model: a table of parameters, stem -> core x passes -> tail, tied head
+
+
+class Parameter(NamedTuple):
+    """One row of the table of parameters."""
+
+    shape: tuple[int, ...]
+    group: str  # `muon`, or AdamW's `table`, `projection` or `scalar`
+    start: Callable[[Tensor], Any]  # sets the values at the start, in place
+
+
+def constant(value: float) -> Callable[[Tensor], Any]:
+    return lambda w: w.fill_(value)
+
+
+def normal(std: float) -> Callable[[Tensor], Any]:
+    return lambda w: w.normal_(std=std)
+
+
+def orthogonal(bank: Tensor) -> None:
+    for matrix in bank:
+        nn.init.orthogonal_(matrix)
+
+
+def recurrence_table(hp: Hyperparameters) -> dict[str, Parameter]:
+    """The recurrence's parameters; passes after the first are later - 1 in number."""
+    D, later, rank = hp.model_dim, hp.max_passes - 1, hp.feedback_rank
+    table = {"residual_scale": Parameter((later,), "scalar", constant(hp.residual_scale_init))}
+    if later and hp.feedback_mode != "none":
+        # Exactly one factor starts at zero: the correction is 0, U's gradient is not. (With all of
+        # them at zero every gradient is zero for ever: the branch would never learn.)
+        table["U"] = Parameter((D, rank), "scalar", constant(0))
+        table["V"] = Parameter((D, rank), "scalar", lambda w: w.normal_().div_(math.sqrt(D)))
+    if later and hp.feedback_mode == "diagonal":
+        rows = later if hp.per_pass_feedback else 1
+        table["d"] = Parameter((rows, D), "scalar", constant(1))
+    return table
+
+
+def model_table(hp: Hyperparameters) -> dict[str, Parameter]:
+    """The other parameters: orthogonal inputs and zero outputs, every block starts as identity."""
+    L, D, F, V, width = hp.num_layers, hp.model_dim, hp.mlp_dim, hp.vocab_size, hp.kv_dim
+    one, zero, skips = constant(1), constant(0), min(hp.core_start, L - hp.core_end)
+    table = {
+        # Queries, then outputs; keys, then values.
+        "qo_bank": Parameter((2 * L, D, D), "muon", lambda w: orthogonal(w.zero_()[:L])),
+        "kv_bank": Parameter((2 * L, width, D), "muon", orthogonal),
+        "mlp_up_bank": Parameter((L, F, D), "muon", orthogonal),
+        "mlp_down_bank": Parameter((L, D, F), "muon", zero),
+        "tok_emb": Parameter((V, D), "table", normal(hp.tied_embed_init_std)),
+        "smear_gate": Parameter((D,), "scalar", zero),
+        "resid_mix": Parameter((L, 2, D), "scalar", lambda w: w.zero_()[:, 0].fill_(1)),
+        "attn_scale": Parameter((L, D), "scalar", one),
+        "mlp_scale": Parameter((L, D), "scalar", one),
+        "q_gain": Parameter((L, hp.num_heads), "scalar", constant(hp.qk_gain_init)),
+        "skip_weight": Parameter((skips, D), "scalar", one),
+    }
+    if rows := hp.bigram_vocab_size:
+        # One factor at zero, not both: rows of pairs that were never seen stay silent.
+        rank = hp.bigram_dim
+        table["bigram_table"] = Parameter((rows, rank), "table", zero)
+        table["bigram_proj"] = Parameter((D, rank), "projection", normal(rank**-0.5))
+        table["bigram_scale"] = Parameter((), "scalar", constant(0.05))
+    if hp.ve_layer_ids:
+        table["ve_table"] = Parameter((V, hp.ve_dim), "table", normal(0.01))
+        table["ve_proj"] = Parameter((width, hp.ve_dim), "projection", zero)
+        table["ve_scale"] = Parameter((), "scalar", constant(0.1))
+        table["ve_layer_scale"] = Parameter((len(hp.ve_layer_ids),), "scalar", one)
+    return table
+
+
+def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
+    """Every parameter of a GPT: what is allocated, started, optimized and stored."""
+    recurrence = {f"recurrence.{name}": row for name, row in recurrence_table(hp).items()}
+    return model_table(hp) | recurrence
+
+
+@torch.no_grad()
+def create_parameters(module: nn.Module, table: Mapping[str, Parameter]) -> None:
+    for name, row in table.items():
+        parameter = nn.Parameter(torch.empty(row.shape))
+        row.start(parameter)
+        module.register_parameter(name, parameter)
+
+
+class GPT(nn.Module):
+    """The model. Parameters are float32; `dtype` is what it computes in."""
+
+    def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.hp, self.dtype = hp, dtype
+        self.recurrence = Recurrence(hp)
+        create_parameters(self, model_table(hp))
+        buffers = dict(zip(("cos", "sin"), rotary_table(hp), strict=True))
+        buffers["ln_scale"] = torch.arange(1, hp.num_layers + 1).float().rsqrt()
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def layers(self, qat_floor: Tensor | None) -> list[Layer]:
+        """The weights of each unique layer; with `qat_floor`, fake-quantized in QAT's scope."""
+        hp, L = self.hp, self.hp.num_layers
+        start, end = (hp.core_start, hp.core_end) if hp.qat_scope == "core" else (0, L)
+
+        def by_layer(bank: Tensor) -> Tensor:  # (N, rows, cols) -> (N/L, L, rows, cols)
+            w = bank.unflatten(0, (-1, L))
+            if qat_floor is None:
+                return w
+            before, scope, after = w.split([start, end - start, L - end], dim=1)
+            stored = fake_quantize(any_size(scope.flatten(0, 2)), qat_floor).view_as(scope)
+            return torch.cat([before, stored, after], dim=1)
+
+        (q, out), (k, v) = by_layer(self.qo_bank), by_layer(self.kv_bank)
+        [up], [down] = by_layer(self.mlp_up_bank), by_layer(self.mlp_down_bank)
+        ln_scale = self.ln_scale[:, None, None]
+        matrices = (ln_scale * torch.cat([q, k, v], dim=1), self.attn_scale[..., None] * out)
+        matrices += (ln_scale * up, self.mlp_scale[..., None] * down)
+        # unbind, not indexing: its backward is one stack, not a full-size zero for every layer.
+        rows = [t.to(self.dtype).unbind() for t in (*matrices, self.resid_mix, self.q_gain)]
+        xsa = [i >= L - hp.xsa_last_n and not hp.core_start <= i < hp.core_end for i in range(L)]
+        return [Layer(*row) for row in zip(*rows, xsa, strict=True)]
+
+    def value_embeddings(self, ids: Tensor) -> list[Scaled | None]:
+        """For each layer its value embeddings (modded-nanogpt) (B, T, G*E) and scale, or None."""
+        values: list[Scaled | None] = [None] * self.hp.num_layers
+        if self.hp.ve_layer_ids:
+            value = F.embedding(ids, self.ve_table.to(self.dtype)) @ self.ve_proj.to(self.dtype).T
+            scales = (self.ve_scale * self.ve_layer_scale).to(self.dtype).unbind()
+            for i, scale in zip(self.hp.ve_layer_ids, scales, strict=True):
+                values[i] = (value, scale)
+        return values
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) int32 -> x0 (B, T, D)."""
+        bigram = ()
+        if self.hp.bigram_vocab_size:
+            bigram = (self.bigram_table, self.bigram_proj, self.bigram_scale)
+        return embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        num_passes: int,
+        qat_floor: Tensor | None = None,
+        score_last: int | None = None,
+    ) -> tuple[Tensor, Stability]:
+        """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
+
+        score_last: score only so many last positions -> (B, score_last).
+        """
+        hp, rope = self.hp, (self.cos, self.sin, self.hp.rope_dims // 2)
+        layers, values, x0 = self.layers(qat_floor), self.value_embeddings(ids), self.embed(ids)
+
+        def run(x: Tensor, part: slice, skips: Sequence = (), keep: int = 1) -> list[Tensor]:
+            return run_layers(x, layers[part], values[part], [*skips], x0, rope, keep)
+
+        stem, core = slice(hp.core_start), slice(hp.core_start, hp.core_end)
+        tail = slice(hp.core_end, hp.num_layers)
+        outputs = run(x0, stem, keep=hp.core_start)
+        h, stability = self.recurrence(outputs[-1], lambda x: run(x, core)[-1], num_passes)
+        # The tail's first layer gets the stem's last output (U-Net skips, Ronneberger et al. 2015).
+        skips = zip(outputs[:0:-1], self.skip_weight.to(self.dtype).unbind(), strict=False)
+        x = run(h, tail, skips)[-1]
+        if score_last:
+            x, targets = x[:, -score_last:], targets[:, -score_last:]
+        scored = any_size(x.flatten(0, 1)), any_size(targets.flatten())
+        losses = token_losses(*scored, self.tok_emb, hp.logit_softcap)
+        return losses.view_as(targets), stability
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Kernels: the fused MLP of Hopper GPUs (not needed to understand the method)
 
 if triton is not None:
 
@@ -856,309 +1269,8 @@ def fuses_mlp(device: torch.device, dtype: torch.dtype, up_shape: Sequence[int])
     return fits and nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def mlp(x: Tensor, layer: Layer) -> Tensor:
-    """leaky(x up')^2 down', (B, T, D) -> (B, T, D)."""
-    if fuses_mlp(x.device, x.dtype, layer.mlp_up.shape):
-        return FusedMLP.apply(x.flatten(0, 1), layer.mlp_up, layer.mlp_down).view_as(x)
-    return F.linear(F.leaky_relu(F.linear(x, layer.mlp_up), 0.5).square(), layer.mlp_down)
-
-
-def block(x: Tensor, layer: Layer, x0: Tensor, rope: Rope) -> Tensor:
-    """One layer of the stream x (B, T, D) that started from x0."""
-    x = x if layer.skip is None else x + layer.skip[1] * layer.skip[0]
-    x = layer.resid_mix[0] * x + layer.resid_mix[1] * x0
-    x = x + attention(rms_norm(x), layer, rope)
-    return x + mlp(rms_norm(x), layer)
-
-
-def stack(
-    x: Tensor, layers: list[Layer], *inputs: Any, keep: int, block: Callable = block
-) -> list[Tensor]:
-    """The last `keep` outputs of consecutive layers; compiled as one, for its kernels join across
-    layers. (An output that nothing uses would cost a gradient of zeros.)"""
-    return [x := block(x, layer, *inputs) for layer in layers][len(layers) - keep :]
-
-
-def bigram_rows(ids: Tensor, num_rows: int) -> Tensor:
-    """BigramHash's row of each position of ids (B, T) int32; the last row is for position 0."""
-    rows = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (num_rows - 1)
-    return F.pad(rows, (1, 0), value=num_rows - 1)
-
-
-def embed(
-    ids: Tensor, table: Tensor, bigram: tuple[Tensor, ...], gate: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """ids (B, T) int32 -> x0 (B, T, D): token and bigram embeddings, normed, then smeared."""
-    x = F.embedding(ids, table.to(dtype))
-    if bigram:
-        rows, projection, scale = (t.to(dtype) for t in bigram)
-        x = x + scale * F.linear(F.embedding(bigram_rows(ids, len(rows)), rows), projection)
-    x, g = rms_norm(x), gate.sigmoid().to(dtype)
-    return (1 - g) * x + g * F.pad(x, (0, 0, 1, 0))[:, :-1]
-
-
-def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy in nats of each target: x (B*T, D), targets (B*T,) -> (B*T,) float32."""
-    logits = F.linear(rms_norm(x), table.to(x.dtype)).float()
-    logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets.long(), reduction="none")
-
-
-def choose_attention(hp: Hyperparameters, runtime: Runtime, log: Log) -> str:
-    """Selects cuDNN's kernel if it runs here forward and backward; the name of what is used."""
-    if runtime.device.type != "cuda":
-        return "sdpa"
-
-    def allow(cudnn: bool) -> None:
-        for backend in ("cudnn", "flash", "mem_efficient", "math"):
-            getattr(torch.backends.cuda, f"enable_{backend}_sdp")(cudnn == (backend == "cudnn"))
-
-    # cuDNN: 2.23 ms forward + backward at 48x2048, 8/4 heads of 64, on an H100; FlashAttention 2,
-    # PyTorch's own first choice: 3.64 ms.
-    allow(cudnn=True)
-    like = {"device": runtime.device, "dtype": runtime.dtype, "requires_grad": True}
-    heads, head_dim = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads), hp.model_dim // hp.num_heads
-    try:
-        attend(*(torch.ones(1, 256, n, head_dim, **like) for n in heads)).sum().backward()
-    except RuntimeError as error:  # not on this device, or not for these heads
-        reason = str(error).partition("\n")[0]
-        log.event("attention_skipped", kernel="sdpa_cudnn", reason=reason)
-        allow(cudnn=False)
-        return "sdpa"
-    return "sdpa_cudnn"
-
-
 # --------------------------------------------------------------------------------------------------
-# 6. Recurrence: the core applied K times, and what keeps that stable
-
-
-class Stability(NamedTuple):
-    """How the passes behaved on one batch; norms are of each sequence, over (T, D), in float32."""
-
-    jacobian_proxy: Tensor  # (B,), the only one with a gradient
-    growth: Tensor  # (K,) mean over B of |h_{k+1}| / |h_k|
-    update: Tensor  # (K,) mean over B of |h_{k+1} - h_k| / |h_k|
-    feedback: Tensor  # (K,) mean over B of |c_k| / |h_k|
-
-
-def sequence_norm(x: Tensor) -> Tensor:
-    # (B, T, D) -> (B,); vector_norm's gradient at 0 is 0, where a square root's is infinite
-    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32)
-
-
-def correction(h: Tensor, U: Tensor, V: Tensor, d: Tensor | None) -> Tensor:
-    """c = d * (U V'h): h (B, T, D), U and V (D, rank), d (D,) or None for 1."""
-    c = (h @ V.to(h.dtype)) @ U.to(h.dtype).T
-    return c if d is None else d.to(h.dtype) * c
-
-
-def advance(
-    h: Tensor, c: Tensor | None, core_output: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """h_{k+1} (B, T, D), the pass's term of the proxy (B,), and its three mean ratios (3,)."""
-    h_next = core_output
-    if scale is not None:
-        z = h if c is None else h + c
-        h_next = h + scale.to(h.dtype) * (core_output - z)
-    size = sequence_norm(h) + 1e-6
-    update = sequence_norm(h_next - h) / size
-    feedback = torch.zeros_like(size) if c is None else sequence_norm(c) / size
-    ratios = torch.stack([sequence_norm(h_next) / size, update, feedback])
-    return h_next, F.relu(update - 1).square(), ratios.mean(1).detach()
-
-
-class Recurrence(nn.Module):
-    """h_{k+1} = h_k + a_k F(h_k + c_k),  F(z) = core(z) - z,  c_k = d * (U V'h_k).
-
-    Pass 0 is the plain core, a_0 = 1 and c_0 = 0, so that a model grows without a jump in it.
-    The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 is taken of each sequence and averaged
-    (not of the whole batch), so that it does not depend on how the batch is cut among ranks.
-    """
-
-    def __init__(self, hp: Hyperparameters) -> None:
-        super().__init__()
-        later = hp.max_passes - 1  # passes with a scale; pass k uses entry k-1
-        self.mode = hp.feedback_mode if later else "none"
-        self.interpass_rmsnorm = hp.interpass_rmsnorm
-        self.residual_scale = nn.Parameter(torch.full((later,), hp.residual_scale_init))
-        if self.mode != "none":
-            # Exactly one factor starts at zero: the correction is 0, U's gradient is not. (With
-            # all of them at zero every gradient is zero for ever: the branch would never learn.)
-            self.U = nn.Parameter(torch.zeros(hp.model_dim, hp.feedback_rank))
-            self.V = nn.Parameter(torch.randn_like(self.U) / math.sqrt(hp.model_dim))
-        if self.mode == "diagonal":
-            rows = later if hp.per_pass_feedback else 1
-            self.d = nn.Parameter(torch.ones(rows, hp.model_dim))
-
-    def forward(
-        self, h: Tensor, core: Callable[[Tensor], Tensor], num_passes: int, region: Callable
-    ) -> tuple[Tensor, Stability]:
-        """h_0 (B, T, D) -> h_K. A pass beyond those of training uses the last scale and d."""
-        terms, ratios, c, scale = [], [], None, None
-        for k in range(num_passes):
-            if k > 0:
-                h = rms_norm(h) if self.interpass_rmsnorm else h
-                scale = self.residual_scale[min(k, len(self.residual_scale)) - 1]
-                if self.mode != "none":
-                    d = self.d[min(k, len(self.d)) - 1] if self.mode == "diagonal" else None
-                    c = region(correction)(h, self.U, self.V, d)
-            output = core(h if c is None else h + c)
-            h, term, ratio = region(advance)(h, c, output, scale)
-            terms.append(term)
-            ratios.append(ratio)
-        return h, Stability(torch.stack(terms).sum(0), *torch.stack(ratios).unbind(1))
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. Model: banks of matrices, stem -> core x passes -> tail, tied head
-
-
-@cache
-def compiled(function: Callable) -> Callable:
-    """One compilation of a region for the whole process, whichever model calls it."""
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def any_size(x: Tensor) -> Tensor:
-    """x, for which one compiled graph is to serve all sizes of its first dim."""
-    torch._dynamo.maybe_mark_dynamic(x, 0)
-    return x
-
-
-class GPT(nn.Module):
-    """The model. Parameters are float32; `dtype` is what it computes in."""
-
-    def __init__(
-        self, hp: Hyperparameters, dtype: torch.dtype = torch.float32, compile_regions: bool = False
-    ) -> None:
-        super().__init__()
-        self.hp, self.dtype = hp, dtype
-        self.region = compiled if compile_regions else lambda function: function
-        L, D, width = hp.num_layers, hp.model_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads
-        shapes = {
-            "qo_bank": (2 * L, D, D), "kv_bank": (2 * L, width, D),
-            "mlp_up_bank": (L, hp.mlp_dim, D), "mlp_down_bank": (L, D, hp.mlp_dim),
-            "tok_emb": (hp.vocab_size, D), "smear_gate": (D,), "resid_mix": (L, 2, D),
-            "attn_scale": (L, D), "mlp_scale": (L, D), "q_gain": (L, hp.num_heads),
-            "skip_weight": (min(hp.core_start, L - hp.core_end), D),
-        }  # fmt: skip
-        if hp.bigram_vocab_size:
-            shapes |= {"bigram_table": (hp.bigram_vocab_size, hp.bigram_dim)}
-            shapes |= {"bigram_proj": (D, hp.bigram_dim), "bigram_scale": ()}
-        if hp.ve_layer_ids:
-            shapes |= {"ve_table": (hp.vocab_size, hp.ve_dim), "ve_proj": (width, hp.ve_dim)}
-            shapes |= {"ve_scale": (), "ve_layer_scale": (len(hp.ve_layer_ids),)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.recurrence = Recurrence(hp)
-        ln_scale, names = torch.arange(1, L + 1).float().rsqrt(), ("cos", "sin", "ln_scale")
-        for name, buffer in zip(names, (*rotary_table(hp), ln_scale), strict=True):
-            self.register_buffer(name, buffer, persistent=False)
-        self.initialize()
-
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Orthogonal inputs and zero outputs: every block starts as the identity."""
-        hp, L = self.hp, self.hp.num_layers
-        for matrix in (*self.qo_bank[:L], *self.kv_bank, *self.mlp_up_bank):
-            nn.init.orthogonal_(matrix)
-        for zeros in (self.qo_bank[L:], self.mlp_down_bank, self.smear_gate, self.resid_mix):
-            zeros.zero_()
-        for ones in (self.attn_scale, self.mlp_scale, self.skip_weight, self.resid_mix[:, 0]):
-            ones.fill_(1.0)
-        self.q_gain.fill_(hp.qk_gain_init)
-        nn.init.normal_(self.tok_emb, std=hp.tied_embed_init_std)
-        if hp.bigram_vocab_size:
-            # One factor at zero, not both: rows of pairs that were never seen stay silent.
-            self.bigram_table.zero_()
-            nn.init.normal_(self.bigram_proj, std=hp.bigram_dim**-0.5)
-            self.bigram_scale.fill_(0.05)
-        if hp.ve_layer_ids:
-            nn.init.normal_(self.ve_table, std=0.01)
-            self.ve_proj.zero_()
-            self.ve_scale.fill_(0.1)
-            self.ve_layer_scale.fill_(1.0)
-
-    def layers(self, qat_floor: Tensor | None) -> list[Layer]:
-        """The weights of each unique layer; with `qat_floor`, fake-quantized in QAT's scope."""
-        hp, L = self.hp, self.hp.num_layers
-        start, end = (hp.core_start, hp.core_end) if hp.qat_scope == "core" else (0, L)
-
-        def by_layer(bank: Tensor) -> Tensor:  # (N, rows, cols) -> (N/L, L, rows, cols)
-            w = bank.unflatten(0, (-1, L))
-            if qat_floor is None:
-                return w
-            before, scope, after = w.split([start, end - start, L - end], dim=1)
-            stored = self.region(fake_quantize)(any_size(scope.flatten(0, 2)), qat_floor)
-            return torch.cat([before, stored.view_as(scope), after], dim=1)
-
-        (q, out), (k, v) = by_layer(self.qo_bank), by_layer(self.kv_bank)
-        [up], [down] = by_layer(self.mlp_up_bank), by_layer(self.mlp_down_bank)
-        ln_scale = self.ln_scale[:, None, None]
-        matrices = (ln_scale * torch.cat([q, k, v], dim=1), self.attn_scale[..., None] * out)
-        matrices += (ln_scale * up, self.mlp_scale[..., None] * down)
-        # unbind, not indexing: its backward is one stack, not a full-size zero for every layer.
-        rows = [t.to(self.dtype).unbind() for t in (*matrices, self.resid_mix, self.q_gain)]
-        xsa = [i >= L - hp.xsa_last_n and not hp.core_start <= i < hp.core_end for i in range(L)]
-        return [Layer(*row) for row in zip(*rows, xsa, strict=True)]
-
-    def value_embeddings(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """For each layer that has them: the value embeddings (B, T, G*E) and what scales them."""
-        if not self.hp.ve_layer_ids:
-            return {}
-        value = F.embedding(ids, self.ve_table.to(self.dtype)) @ self.ve_proj.to(self.dtype).T
-        scales = (self.ve_scale * self.ve_layer_scale).to(self.dtype).unbind()
-        return {i: (value, s) for i, s in zip(self.hp.ve_layer_ids, scales, strict=True)}
-
-    def forward(
-        self, ids: Tensor, targets: Tensor, num_passes: int,
-        qat_floor: Tensor | None = None, score_last: int | None = None,
-    ) -> tuple[Tensor, Stability]:  # fmt: skip
-        """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
-
-        score_last: score only so many last positions -> (B, score_last).
-        """
-        hp, L = self.hp, self.hp.num_layers
-        layers, rope = self.layers(qat_floor), (self.cos, self.sin, hp.rope_dims // 2)
-        for i, value in self.value_embeddings(ids).items():
-            layers[i] = layers[i]._replace(value=value)
-        names = ("bigram_table", "bigram_proj", "bigram_scale") if hp.bigram_vocab_size else ()
-        bigram = tuple(getattr(self, name) for name in names)
-        x0 = self.region(embed)(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
-
-        def run(x: Tensor, start: int, end: int, keep: int = 1) -> list[Tensor]:
-            """x, then the last `keep` outputs of layers start to end - 1."""
-            inputs = (layers[start:end], x0, rope)
-            if not torch.is_grad_enabled():  # three kinds of layer to compile, not three stacks
-                first = x.view_as(x)  # if x were x0 itself, that would be a fourth kind
-                return [x, *stack(first, *inputs, keep=keep, block=self.region(block))]
-            added = [pair[0] for layer in inputs[0] for pair in (layer.value, layer.skip) if pair]
-            for t in (x, x0, *added):
-                any_size(t)
-            return [x, *self.region(stack)(x, *inputs, keep=keep)]
-
-        stem = run(x0, 0, hp.core_start, keep=hp.core_start)
-        core = lambda x: run(x, hp.core_start, hp.core_end)[-1]  # noqa: E731
-        x, stability = self.recurrence(stem[-1], core, num_passes, self.region)
-        skips = zip(stem[:0:-1], self.skip_weight.to(self.dtype).unbind(), strict=False)
-        for i, skip in enumerate(skips, hp.core_end):
-            layers[i] = layers[i]._replace(skip=skip)
-        x = run(x, hp.core_end, L)[-1]
-        if score_last:
-            x, targets = x[:, -score_last:], targets[:, -score_last:]
-        scored = any_size(x.flatten(0, 1)), any_size(targets.flatten())
-        losses = self.region(token_losses)(*scored, self.tok_emb, hp.logit_softcap)
-        return losses.view_as(targets), stability
-
-
-def parameter_group(name: str) -> str:
-    """How a parameter is optimized: `muon`, or AdamW's group `table`, `projection` or `scalar`."""
-    known = {"muon": BANKS, "table": TABLES, "projection": PROJECTIONS}
-    return next((group for group, names in known.items() if name in names), "scalar")
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. Optimization: flat parameters, Parallel Muon and AdamW, the plan of a step, weight averages
+# 9. Optimization: flat parameters, Parallel Muon and AdamW, weight averages
 
 
 class FlatParameters:
@@ -1172,14 +1284,14 @@ class FlatParameters:
     ALIGNMENT = 64  # elements; kernels want every parameter to start at a multiple of 16 bytes
 
     def __init__(self, model: GPT, world_size: int = 1) -> None:
-        named = dict(model.named_parameters())
+        named, table = dict(model.named_parameters()), parameter_table(model.hp)
         self.shapes = {name: p.shape for name, p in named.items()}
         self.places: dict[str, slice] = {}  # of each parameter
         self.spans: dict[str, slice] = {}  # of each bank with its padding, and of each AdamW group
         size = 0
-        for group in (*BANKS, "table", "projection", "scalar"):
+        for group in (*BANKS, *ADAM_GROUPS):
             start = size
-            for name in [n for n in named if group in (n, parameter_group(n))]:
+            for name in [n for n in named if group in (n, table[n].group)]:
                 self.places[name] = slice(size, size + named[name].numel())
                 unit = self.ALIGNMENT
                 if group in BANKS:
@@ -1187,6 +1299,7 @@ class FlatParameters:
                 size += math.ceil(named[name].numel() / unit) * unit
             self.spans[group] = slice(start, size)
         assert set(self.places) == set(named), "every parameter is optimized exactly once"
+        self.banks_end = self.spans["table"].start
         self.data, self.grad = torch.zeros(2, size, device=model.tok_emb.device).unbind()
         for name, p in named.items():
             p.data = self.data[self.places[name]].view(p.shape).copy_(p.data)
@@ -1197,9 +1310,15 @@ class FlatParameters:
         rows = flat[self.spans[bank]].view(-1, *self.shapes[bank][1:])
         return rows.chunk(runtime.world_size)[runtime.rank]
 
+    def gather(self, flat: Tensor, bank: str, runtime: Runtime) -> Any:
+        """Starts to fill a bank of `flat` with every rank's rows of it."""
+        rows = self.shard(flat, bank, runtime).view(-1)
+        return dist.all_gather_into_tensor(flat[self.spans[bank]], rows, async_op=True)
+
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Every parameter's tensor inside `flat`, in the model's order."""
-        return {name: flat[self.places[name]].view(shape) for name, shape in self.shapes.items()}
+        """Every parameter's tensor that lies inside `flat`, in the model's order."""
+        inside = {n: place for n, place in self.places.items() if place.stop <= len(flat)}
+        return {n: flat[inside[n]].view(shape) for n, shape in self.shapes.items() if n in inside}
 
     def whole(self, span: slice) -> nn.Parameter:
         """A part of the buffer, with its gradient, as one parameter for an optimizer."""
@@ -1223,31 +1342,28 @@ def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 class Optimizer:
     """Parallel Muon on the banks, AdamW on the rest; call `reduce` after backward, then `step`.
 
-    Each rank holds the momentum of, and orthogonalizes, its own rows of each bank:
+    Muon: Jordan et al. 2024. Each rank holds the momentum of, and orthogonalizes, its own rows of
+    each bank: of R ranks rank r has the r-th of R equal parts of a bank's matrices, zero-padded
+    (PR 549). One step:
         reduce-scatter all banks, all-reduce the rest      -> summed gradients, their global norm
         for each bank: momentum, Newton-Schulz, update     -> all-gather while the next one works
         AdamW                                              -> while the last all-gathers fly
-    `first` and `second` are the moments in the layout of `flat.data` (Muon has but the first).
     """
 
     def __init__(self, flat: FlatParameters, hp: Hyperparameters, runtime: Runtime) -> None:
         self.flat, self.hp, self.runtime = flat, hp, runtime
-        self.first, self.second = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
-        self.momentum = {bank: flat.shard(self.first, bank, runtime) for bank in BANKS}
+        self.momentum = torch.zeros_like(flat.data[: flat.banks_end])
         self.bank_grads = {bank: flat.shard(flat.grad, bank, runtime) for bank in BANKS}
-        self.rest = flat.grad[flat.spans["table"].start :]
+        self.rest = flat.grad[flat.banks_end :]
         rates = {"table": (hp.tied_embed_lr, hp.adam_wd), "projection": (hp.scalar_lr, hp.adam_wd)}
         rates["scalar"] = (hp.scalar_lr, 0.0)
-        groups, state = [], {}
-        for name, (lr, decay) in rates.items():
-            span = flat.spans[name]
-            parameter, step = flat.whole(span), torch.zeros((), device=flat.data.device)
+        groups = []
+        for name in ADAM_GROUPS:
+            lr, decay = rates[name]
+            parameter = flat.whole(flat.spans[name])
             groups.append({"params": [parameter], "base_lr": lr, "weight_decay": decay})
-            moments = {"exp_avg": self.first[span], "exp_avg_sq": self.second[span]}
-            state[parameter] = moments | {"step": step}
-        betas, eps = (hp.beta1, hp.beta2), hp.adam_eps
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-        self.adam.state.update(state)
+        betas = (hp.beta1, hp.beta2)
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=hp.adam_eps, fused=True)
 
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks; returns their global norm, a scalar tensor.
@@ -1259,7 +1375,8 @@ class Optimizer:
         if runtime.world_size > 1:
             works = []
             for bank in BANKS:
-                self.bank_grads[bank] = shard = torch.empty_like(self.momentum[bank])
+                own_rows = flat.shard(self.momentum, bank, runtime)
+                self.bank_grads[bank] = shard = torch.empty_like(own_rows)
                 source = flat.grad[flat.spans[bank]]
                 works.append(dist.reduce_scatter_tensor(shard.view(-1), source, async_op=True))
             works.append(dist.all_reduce(self.rest, async_op=True))
@@ -1267,11 +1384,6 @@ class Optimizer:
                 work.wait()
         squares = torch.stack([g.square().sum() for g in self.bank_grads.values()]).sum()
         return (runtime.sum_(squares) + self.rest.square().sum()).sqrt()
-
-    def gather(self, flat: Tensor, bank: str) -> Any:
-        """Starts to fill a bank of `flat` with every rank's rows of it."""
-        rows = self.flat.shard(flat, bank, self.runtime).view(-1)
-        return dist.all_gather_into_tensor(flat[self.flat.spans[bank]], rows, async_op=True)
 
     @torch.no_grad()
     def step(self, norm: Tensor, lr_scale: float, momentum: float) -> None:
@@ -1281,7 +1393,7 @@ class Optimizer:
         for bank in BANKS:
             self.update_rows(bank, self.bank_grads[bank] * clip, lr_scale, momentum)
             if self.runtime.world_size > 1:
-                works.append(self.gather(self.flat.data, bank))
+                works.append(self.flat.gather(self.flat.data, bank, self.runtime))
         self.rest.mul_(clip)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -1290,16 +1402,46 @@ class Optimizer:
             work.wait()
 
     def update_rows(self, bank: str, grad: Tensor, lr_scale: float, momentum: float) -> None:
-        """Muon with Nesterov momentum and decoupled weight decay on this rank's rows of a bank."""
+        """Muon with Nesterov momentum and decoupled weight decay on this rank's rows of a bank.
+
+        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first.
+        """
         hp, lr = self.hp, self.hp.matrix_lr * lr_scale
         rows = self.flat.shard(self.flat.data, bank, self.runtime)  # (n, rows, cols)
-        buffer = self.momentum[bank].mul_(momentum).add_(grad)
+        buffer = self.flat.shard(self.momentum, bank, self.runtime).mul_(momentum).add_(grad)
         dtype = torch.bfloat16 if rows.is_cuda else torch.float32
         grad = grad.add_(buffer, alpha=momentum)
         grad = F.normalize(grad, dim=-1, eps=1e-7) if hp.muon_row_norm else grad
         update = newton_schulz(grad, hp.muon_backend_steps, dtype)
         shape_scale = math.sqrt(max(1.0, rows.size(-2) / rows.size(-1)))
         rows.mul_(1 - lr * hp.muon_wd).add_(update, alpha=-lr * shape_scale)
+
+
+class WeightAverage:
+    """EMA and SWA in the time of the run's progress, so that a run of any length averages alike."""
+
+    def __init__(self, hp: Hyperparameters, weights: Tensor) -> None:
+        self.hp, self.weights = hp, weights
+        self.ema = weights.clone() if "ema" in hp.weight_average else None
+        self.swa = torch.zeros_like(weights) if "swa" in hp.weight_average else None
+        self.samples, self.last_progress, self.last_sample = 0, 0.0, -1.0
+
+    def update(self, progress: float, swa: bool) -> None:
+        """After a step that began at `progress`; swa: whether SWA has begun."""
+        passed, self.last_progress = progress - self.last_progress, progress
+        if self.ema is not None:
+            self.ema.lerp_(self.weights, -math.expm1(-passed / self.hp.ema_frac))
+        if self.swa is not None and swa and progress - self.last_sample >= self.hp.swa_frac:
+            self.samples, self.last_sample = self.samples + 1, progress
+            self.swa.lerp_(self.weights if self.ema is None else self.ema, 1 / self.samples)
+
+    def result(self) -> Tensor:
+        """The weights to export; where both are on, SWA averaged EMA's."""
+        return self.swa if self.samples else self.weights if self.ema is None else self.ema
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Training: the plan of a step, warm-up, then the clock and the loop, checkpoints
 
 
 class StepPlan(NamedTuple):
@@ -1314,55 +1456,374 @@ class StepPlan(NamedTuple):
 
 def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     """progress: from 0 to 1, the larger of step / iterations and elapsed / wall-clock cap."""
-    reached = [n for start, n in hp.growth if (progress if start % 1 else step) >= start]
-    lr_scale = min(1.0, max(0.0, 1 - progress) / max(hp.warmdown_frac, 1e-9))
-    rise = hp.muon_momentum_warmup_frac
-    warm = min(1.0, progress / rise) if rise else 1.0
+    reached = [n for at, n in hp.growth if at <= (step if isinstance(at, int) else progress)]
+    lr_scale = min(1.0, max(0.0, 1 - progress) / hp.warmdown_frac)
+    warm = min(1.0, progress / hp.muon_momentum_warmup_frac)
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
-    longest = 1 - progress / max(1, step) / hp.muon_momentum_frac  # by the steps' mean duration
+    # A momentum m averages 1 / (1 - m) steps; at most muon_momentum_frac of the run's steps, whose
+    # number is step / progress if they go on as they did.
+    longest = 1 - progress / max(1, step) / hp.muon_momentum_frac
     momentum = min(momentum, max(LEAST_MOMENTUM, longest))
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
     return StepPlan(reached[-1], qat, swa, lr_scale, momentum)
 
 
-def run_graphs(hp: Hyperparameters) -> list[tuple[int, bool]]:
-    """Every (passes, QAT) that a step can have."""
-    kinds = (False, True)[: 1 + (hp.late_qat_threshold > 0)]
-    return [(passes, qat) for passes in sorted({n for _, n in hp.growth}) for qat in kinds]
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-class WeightAverage:
-    """EMA and SWA in the time of the run's progress, so that a run of any length averages alike."""
+class Standing(NamedTuple):
+    """What all ranks know of rank 0's clock, and of any rank's signals, as a step begins."""
 
-    def __init__(self, hp: Hyperparameters, weights: Tensor) -> None:
-        self.hp, self.weights = hp, weights
-        self.ema = weights.clone() if "ema" in hp.weight_average else None
-        self.swa = torch.zeros_like(weights) if "swa" in hp.weight_average else None
-        self.samples, self.last_progress, self.last_sample = 0, 0.0, -1.0
+    progress: float
+    over: float
+    checkpoint_due: float
+    signals: float
 
-    def update(self, progress: float, swa: bool) -> None:
-        """After a step that began at `progress`."""
-        passed, self.last_progress = progress - self.last_progress, progress
-        if self.ema is not None:
-            self.ema.lerp_(self.weights, -math.expm1(-passed / self.hp.ema_frac))
-        if self.swa is not None and swa and progress - self.last_sample >= self.hp.swa_frac:
-            self.samples, self.last_sample = self.samples + 1, progress
-            self.swa.lerp_(self.weights if self.ema is None else self.ema, 1 / self.samples)
 
-    def result(self) -> Tensor:
-        """The weights to export; where both are on, SWA averaged EMA's."""
-        return self.swa if self.samples else self.weights if self.ema is None else self.ema
+class Clock:
+    """The run's progress and stops, decided once and followed by all ranks at the same step.
+
+    What rank 0 knows when a step begins is shared while that step runs and used for the next, so
+    that no host waits for another. The time at which the next step will begin and end is
+    extrapolated: training stops before a step that would end after the cap, were it as slow as the
+    slowest of the last ones. Any rank's signal stops all.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        hp, self.trainer = trainer.hp, trainer
+        self.ahead = (
+            2 if trainer.runtime.device.type == "cuda" else 1
+        )  # steps until the next starts
+        self.cap = hp.max_wallclock_seconds or math.inf
+        self.recent, self.work = deque([0.0], maxlen=16), None  # seconds of the last steps
+        progress, over = trainer.average.last_progress, float(trainer.elapsed >= self.cap)
+        self.shared = torch.tensor(Standing(progress, over, 0, 0), dtype=torch.float64)
+        trainer.runtime.barrier()
+        self.last = self.last_checkpoint = time.perf_counter()
+        self.started = self.last - trainer.elapsed
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def exclude(self, seconds: float) -> None:
+        """Takes a pause out of the run's time."""
+        self.started, self.last = self.started + seconds, self.last + seconds
+
+    def receive(self, step: int) -> Standing:
+        """Where the run stands as `step` begins; from a progress of 1 on there is no step."""
+        if self.work is not None:
+            self.work.wait()
+        now, total = Standing(*self.shared.tolist()), self.trainer.hp.iterations
+        by_steps = 0.0 if total is None else step / total if total else 1.0
+        ends = now.over or now.signals
+        return now._replace(progress=1.0 if ends else max(now.progress, by_steps))
+
+    def send(self) -> None:
+        """Starts to tell all ranks where rank 0's clock will stand when the next step begins."""
+        now, runtime = time.perf_counter(), self.trainer.runtime
+        step_seconds, self.last = now - self.last, now
+        begin = self.elapsed() + self.ahead * step_seconds
+        self.recent.append(step_seconds)
+        every = self.trainer.hp.checkpoint_seconds or math.inf
+        due = now - self.last_checkpoint >= every and self.cap - begin >= every  # none at the end
+        self.last_checkpoint = now if due else self.last_checkpoint
+        progress = max(float(self.shared[0]), min(begin / self.cap, 1.0))  # it never goes back
+        over = begin + max(self.recent) > self.cap
+        facts = [float(fact) * runtime.is_main for fact in (progress, over, due)]
+        facts.append(self.trainer.interrupts.noted)
+        self.shared = torch.tensor(facts, dtype=torch.float64)
+        if runtime.world_size > 1:
+            self.work = dist.all_reduce(self.shared, async_op=True)
+
+    def fields(self, step: int) -> dict[str, str]:
+        """The run's time for the log."""
+        spent = 1000 * self.elapsed()
+        return {"train_time": f"{spent:.0f}ms", "step_avg": f"{spent / max(1, step):.2f}ms"}
+
+
+def micro_batches(rows: Tensor, hp: Hyperparameters) -> list[Tensor]:
+    """Cuts rows (B, ...) into the fewest near-equal parts that fit micro_batch_tokens."""
+    parts = math.ceil(len(rows) / (hp.micro_batch_tokens // hp.train_seq_len))
+    return list(rows.tensor_split(parts)) if parts else []
+
+
+class Trainer:
+    """Trains `model` on `data`. All that a run carries from step to step lies here."""
+
+    def __init__(
+        self, model: GPT, data: Data, runtime: Runtime, log: Log, interrupts: Interrupts
+    ) -> None:
+        self.hp, self.model, self.data, self.runtime = model.hp, model, data, runtime
+        self.log, self.interrupts = log, interrupts
+        self.flat = FlatParameters(model, runtime.world_size)
+        self.optimizer = Optimizer(self.flat, self.hp, runtime)
+        self.average = WeightAverage(self.hp, self.flat.data)
+        self.step, self.elapsed = 0, 0.0  # steps done, and their seconds
+        self.plan: StepPlan | None = None  # of the last step
+        self.phase_start = 0  # the step that first had as many passes as the last one
+        self.floor_index: int | None = None  # of QAT, once it has begun
+        self.norm_before: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
+        """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
+        nats, text bytes, proxy, then growth, update and feedback of each pass, times B.
+        """
+        hp = self.hp
+        sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
+        for part in micro_batches(batch, hp):
+            ids, targets = part[:, :-1], part[:, 1:]
+            losses, stability = self.model(ids, targets, passes, floor)
+            nats, proxy = losses.sum(), stability.jacobian_proxy.sum()
+            weighted = hp.jacobian_proxy_weight * proxy / hp.batch_seqs
+            (nats / hp.train_batch_tokens + weighted).backward()
+            text_bytes = self.data.token_bytes.of(ids, targets).sum()
+            counts = torch.stack([nats.detach(), text_bytes, proxy.detach()])
+            sums += torch.cat([counts, len(part) * torch.cat(stability[1:])])
+        return sums
+
+    def warm_up(self) -> None:
+        """Runs every graph of the run on random tokens of its own, then restores the weights.
+
+        So nothing is compiled, tuned or allocated once the clock runs; the throwaway optimizer
+        opens the ranks' communication, the evaluation runs on a copy.
+        """
+        hp, flat, runtime, kept = self.hp, self.flat, self.runtime, self.flat.data.clone()
+        generator = torch.Generator().manual_seed(hp.seed)
+        random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
+        optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
+        passes = sorted({n for _, n in hp.growth})
+        floors = (None, floor) if hp.late_qat_threshold > 0 else (None,)
+        graphs = [(n, floor) for n in passes for floor in floors]
+        steps = max(hp.warmup_steps, len(graphs)) if hp.warmup_steps else 0
+        for i in range(steps):
+            self.log.progress(f"warm-up: step {i + 1} of {steps}")
+            batch = random(self.data.loader.shape).to(runtime.device)
+            self.accumulate(batch, *graphs[i * len(graphs) // steps])
+            optimizer.step(optimizer.reduce(), 1.0, 0.9)
+            flat.grad.zero_()
+        if steps and runtime.compiles:
+            text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
+            throwaway = Evaluator(hp, text, self.data.token_bytes, runtime, Log(None))
+            throwaway.run_all(copy.deepcopy(self.model), passes[-1])
+        flat.data.copy_(kept)
+
+    def train(self, evaluator: Evaluator, checkpoints: Path, until: float = 1.0) -> bool:
+        """Trains to the run's end, or to `until` of its progress; whether a signal ended it."""
+        hp, log, clock, graphs = self.hp, self.log, Clock(self), graphs_compiled()
+        log.has_results = True
+        while (now := clock.receive(self.step)).progress < until:
+            clock.send()
+            if now.checkpoint_due:
+                self.elapsed = clock.elapsed()
+                save_checkpoint(self, checkpoints)
+                clock.last = time.perf_counter()  # the next step will not be as long
+            sums, norm = self.take_step(now.progress)
+            if self.step % hp.train_log_every == 0 or self.step in (1, 10):
+                self.log_step(sums, norm, clock)
+            if hp.val_loss_every and self.step % hp.val_loss_every == 0:
+                self.validate(evaluator, clock)
+            log.progress(f"{now.progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
+        self.check_norm(None)
+        self.runtime.barrier()
+        self.elapsed, interrupted = clock.elapsed(), self.runtime.largest(self.interrupts.noted) > 0
+        on_gpu = self.runtime.device.type == "cuda"
+        facts = {"graphs_compiled_after_start": graphs_compiled() - graphs}
+        facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
+        facts["interrupted"] = int(interrupted)
+        log.event("stop", step=self.step, **clock.fields(self.step), **facts)
+        return interrupted
+
+    def take_step(self, progress: float) -> tuple[Tensor, Tensor]:
+        """One optimizer update; returns what `accumulate` does, and the gradient's norm."""
+        before, self.plan = self.plan, plan_step(self.hp, self.step, progress)
+        self.announce(before, progress)
+        plan, floor = self.plan, None
+        if plan.qat:
+            floor = torch.full((), floor_value(self.floor_index), device=self.runtime.device)
+        sums = self.accumulate(self.data.loader.batch(self.step), plan.num_passes, floor)
+        norm = self.optimizer.reduce()
+        self.optimizer.step(norm, plan.lr_scale, plan.momentum)
+        self.flat.grad.zero_()
+        self.average.update(progress, plan.swa)
+        self.step += 1
+        self.check_norm(norm)
+        return sums, norm
+
+    def check_norm(self, norm: Tensor | None) -> None:
+        """Raises FloatingPointError if the gradient's norm of the step before is not finite.
+
+        It waits for that step and no longer: the host is two steps ahead of a GPU at most, and the
+        GPU never waits for it.
+        """
+        if self.norm_before is not None:
+            value, event = self.norm_before
+            if event is not None:
+                event.synchronize()
+            if not math.isfinite(value):
+                text = (
+                    f"step {self.step - (norm is not None)}: the gradient's norm is {value.item()}"
+                )
+                raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
+        self.norm_before = None
+        if norm is not None:
+            copied = norm.detach().to("cpu", non_blocking=True)
+            event = torch.cuda.Event() if norm.is_cuda else None
+            if event is not None:
+                event.record()
+            self.norm_before = (copied, event)
+
+    def announce(self, before: StepPlan | None, progress: float) -> None:
+        """Logs what this step is the first to do, and fixes QAT's floor when QAT begins."""
+        hp, plan, at = self.hp, self.plan, {"step": self.step, "progress": progress}
+        if before is None or plan.num_passes != before.num_passes:
+            self.phase_start = self.step
+            self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
+        if plan.swa and not (before and before.swa) and "swa" in hp.weight_average:
+            self.log.event("swa", **at)
+        if plan.qat and self.floor_index is None:
+            guess = estimate_floor_index(self.flat.named(self.flat.data), model_limit(hp))
+            self.floor_index = index = self.runtime.from_main(guess)
+            self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
+
+    def log_step(self, sums: Tensor, norm: Tensor, clock: Clock) -> None:
+        hp, plan, step = self.hp, self.plan, self.step
+        nats, text_bytes, proxy, *ratios = self.runtime.sum_(sums).tolist()
+        ratios = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
+        facts = {"step": f"{step}/{hp.iterations}" if hp.iterations else step}
+        facts["train_loss"] = f"{nats / hp.train_batch_tokens:.4f}"
+        facts["train_bpb"] = f"{nats / math.log(2) / text_bytes:.4f}"
+        facts |= {"jacobian_proxy": proxy / hp.batch_seqs, "grad_norm": norm.item()}
+        facts |= {"lr_scale": plan.lr_scale, "passes": plan.num_passes, "qat": int(plan.qat)}
+        facts |= zip(("growth", "update", "feedback_norm"), ratios, strict=True)
+        facts["residual_scale"] = self.model.recurrence.residual_scale.tolist()
+        self.log.event(**facts, **clock.fields(step))
+
+    def validate(self, evaluator: Evaluator, clock: Clock) -> None:
+        """Scores the validation text as it is now, outside the run's time."""
+        self.runtime.barrier()
+        since, passes = time.perf_counter(), self.plan.num_passes
+        evaluator.run("validation", self.model, self.hp.train_seq_len, passes, step=self.step)
+        clock.exclude(time.perf_counter() - since)
+
+    def average_weights(self) -> int:
+        """Puts the averaged weights into the model; returns the passes to score them with: those
+        that are set, or else those that training reached."""
+        hp, average, reached = self.hp, self.average, self.hp.growth[0][1]
+        self.log.event("weight_average", kind=hp.weight_average, swa_samples=average.samples)
+        self.flat.data.copy_(average.result())
+        if self.plan:
+            reached = self.plan.num_passes
+        passes, steps = hp.eval_passes or reached, self.step - self.phase_start
+        if passes > reached:
+            text = f"scored with {passes} passes, training reached {reached}"
+            self.log.event("warning", text=text)
+        elif self.phase_start and steps < self.step / 100:
+            text = f"only the last {steps} of {self.step} steps had {reached} passes"
+            self.log.event("warning", text=text)
+        return passes
+
+
+def fixed_settings(trainer: Trainer) -> dict[str, Any]:
+    """What a resumed run must share with the one that it continues."""
+    hp, names = trainer.hp, ("seed", "train_batch_tokens", "shuffle", "weight_average")
+    fixed = hp.architecture() | {name: getattr(hp, name) for name in names}
+    del fixed["eval_passes"]
+    return fixed | {"data": trainer.data.facts[0]["fingerprint"]}
+
+
+def run_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """What training carries from step to step in the layout of `flat.data`."""
+    average = {"ema": trainer.average.ema, "swa": trainer.average.swa}
+    state = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum} | average
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
+    """Writes a digest, then torch.save's bytes; on every rank: whether it was written.
+
+    Tensors are stored by name, for any number of ranks. Training draws no random numbers and the
+    loader's place is the step, so that nothing else has to be kept.
+    """
+    flat, average, runtime = trainer.flat, trainer.average, trainer.runtime
+    if runtime.world_size > 1:
+        momentum = trainer.optimizer.momentum
+        for work in [flat.gather(momentum, bank, runtime) for bank in BANKS]:
+            work.wait()
+    written = False
+    if runtime.is_main:
+        names = ("step", "elapsed", "phase_start", "floor_index")
+        state = {name: getattr(trainer, name) for name in names}
+        state["settings"] = fixed_settings(trainer)
+        state["average"] = (average.samples, average.last_progress, average.last_sample)
+        tensors = run_tensors(trainer).items()
+        state["tensors"] = {kind: flat.named(t.to("cpu", copy=True)) for kind, t in tensors}
+        state["adam"] = trainer.optimizer.adam.state_dict()["state"]
+        written = write_checkpoint(state, folder, trainer.log)
+    return runtime.from_main(written)
+
+
+def write_checkpoint(state: dict[str, Any], folder: Path, log: Log) -> bool:
+    """Writes the checkpoint aside, then keeps it and the one before it."""
+    buffer, path = io.BytesIO(), folder / f"step_{state['step']:08d}.pt"
+    torch.save(state, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(path, digest + buffer.getvalue())
+        # Later ones go first: a resumed run has found them damaged.
+        found = sorted(folder.glob("step_*.pt"), key=lambda other: (other <= path, other))
+        for old in found[:-2]:
+            old.unlink()
+    except OSError as error:  # the run goes on, and older checkpoints stay
+        log.event("checkpoint_failed", path=path, reason=error.strerror)
+        return False
+    log.event("checkpoint", step=state["step"], path=path, bytes=32 + buffer.tell())
+    return True
+
+
+def read_checkpoint(folder: Path, runtime: Runtime, log: Log) -> dict[str, Any] | None:
+    """The newest whole checkpoint, the same on every rank, or None. Nothing in it is executed."""
+    for path in runtime.from_main(sorted(folder.glob("step_*.pt"), reverse=True)):
+        data = runtime.from_main(path.read_bytes() if runtime.is_main else None)
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+        log.event("checkpoint_damaged", path=path)
+    return None
+
+
+def load_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Brings `trainer` to its newest checkpoint, if there is one. Raises UserError."""
+    state = read_checkpoint(folder, trainer.runtime, trainer.log)
+    if state is None:
+        return
+    new, old = fixed_settings(trainer), state["settings"]
+    differ = [f"{k}={new.get(k)} (was {old.get(k)})" for k in new | old if new.get(k) != old.get(k)]
+    require(not differ, f"resume: the checkpoint is of another run: {', '.join(differ)}")
+    flat, average, adam = trainer.flat, trainer.average, trainer.optimizer.adam
+    for kind, tensor in run_tensors(trainer).items():
+        for name, view in flat.named(tensor).items():
+            view.copy_(state["tensors"][kind][name])
+    groups = adam.state_dict()["param_groups"]
+    adam.load_state_dict({"state": state["adam"], "param_groups": groups})
+    trainer.step, trainer.elapsed = state["step"], state["elapsed"]
+    trainer.phase_start, trainer.floor_index = state["phase_start"], state["floor_index"]
+    average.samples, average.last_progress, average.last_sample = state["average"]
+    trainer.plan = plan_step(trainer.hp, trainer.step - 1, average.last_progress)
+    spent = f"{1000 * trainer.elapsed:.0f}ms"
+    trainer.log.event("resume", step=trainer.step, train_time=spent)
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Compression: GPTQ-lite int6, one knob for the size, lzma, and a reader that trusts nothing
+# 11. Compression: GPTQ-lite int6, one knob for the size, lzma, and a reader that trusts nothing
 
 
 def row_scales(w: Tensor, levels: int, floor: Tensor) -> Tensor:
     """The quantization step (..., rows, 1) of each row of w (..., rows, cols).
 
-    GPTQ-lite: of the clips at CLIP_QUANTILES of the row's |w| the one with the least squared
-    error, counted with the step as stored: float16 and no finer than `floor`, a scalar tensor.
+    GPTQ-lite (PR 414), for each row: of the clips at CLIP_QUANTILES of the row's |w| the one with
+    the least squared error, counted with the step as stored: float16 and no finer than `floor`, a
+    scalar tensor.
     """
     places = [(1 - quantile) * (w.size(-1) - 1) for quantile in CLIP_QUANTILES]  # from the largest
     top = w.abs().topk(min(w.size(-1), 2 + int(max(places)))).values
@@ -1383,6 +1844,7 @@ def quantize(w: Tensor, scale: Tensor, levels: int) -> Tensor:
     return torch.round(w / scale).clamp(-levels, levels)
 
 
+@region
 def fake_quantize(w: Tensor, floor: Tensor) -> Tensor:
     """What the export stores of w (..., rows, cols), with the gradient of w itself."""
     with torch.no_grad():
@@ -1395,16 +1857,19 @@ def floor_value(index: int) -> float:
     return 2.0 ** (-index / FLOOR_STEPS_PER_OCTAVE)
 
 
-def storage_levels(name: str, shape: torch.Size) -> int:
+def storage_levels(name: str, shape: Sequence[int]) -> int:
     """Largest integer that a tensor is quantized to: 31 (int6), 127 (int8), or 0 for float16."""
-    int8 = len(shape) == 2 and shape.numel() > SMALL_TENSOR
+    int8 = len(shape) == 2 and math.prod(shape) > SMALL_TENSOR
     return INT6_LEVELS if name in BANKS else INT8_LEVELS if int8 else 0
 
 
-def payload_bytes(shapes: Mapping[str, torch.Size]) -> int:
+def payload_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
     """Bytes that `pack` makes: 2 an element of float16, else 1 and 2 for each row's scale."""
-    kinds = [(storage_levels(name, shape), shape) for name, shape in shapes.items()]
-    return sum(s.numel() + 2 * s[:-1].numel() if k else 2 * s.numel() for k, s in kinds)
+    total = 0
+    for name, shape in shapes.items():
+        size, rows = math.prod(shape), math.prod(shape[:-1])
+        total += size + 2 * rows if storage_levels(name, shape) else 2 * size
+    return total
 
 
 def pack(tensors: Mapping[str, Tensor], floor: float) -> bytes:
@@ -1421,13 +1886,13 @@ def pack(tensors: Mapping[str, Tensor], floor: float) -> bytes:
     return b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
-def unpack(payload: bytes, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def unpack(payload: bytes, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """The dequantized float32 tensors of a payload of `payload_bytes(shapes)`."""
     tensors, stream = {}, io.BytesIO(payload)
 
-    def take(dtype: type, shape: tuple[int, ...]) -> Tensor:
+    def take(dtype: type, shape: Sequence[int]) -> Tensor:
         array = np.frombuffer(stream.read(math.prod(shape) * np.dtype(dtype).itemsize), dtype)
-        return torch.from_numpy(array.astype(np.float32)).view(shape)
+        return torch.from_numpy(array.astype(np.float32)).reshape(tuple(shape))
 
     for name, shape in shapes.items():
         levels = storage_levels(name, shape)
@@ -1436,10 +1901,10 @@ def unpack(payload: bytes, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor
     return tensors
 
 
-def compress(hp: Hyperparameters, tensors: Mapping[str, Tensor], floor_index: int) -> bytes:
+def compress(header: Mapping[str, Any], tensors: Mapping[str, Tensor], floor_index: int) -> bytes:
     """The artifact: xz( magic, header length, JSON header, payload )."""
-    header = json.dumps(hp.architecture(), separators=(",", ":")).encode()
-    start = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header
+    text = json.dumps(header, separators=(",", ":")).encode()
+    start = ARTIFACT_MAGIC + struct.pack("<I", len(text)) + text
     payload = pack(tensors, floor_value(floor_index))
     return lzma.compress(start + payload, format=lzma.FORMAT_XZ, filters=XZ_FILTERS)
 
@@ -1485,6 +1950,25 @@ def finest_fitting(size_of: Callable[[int], int], guess: int, limit: int, log: L
     return fits if fits >= 0 else None
 
 
+def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
+    """Writes the finest artifact that fits beside the code, and says where it lies.
+
+    Raises UserError if none fits.
+    """
+    limit, packed = model_limit(hp), cache(partial(compress, hp.architecture(), tensors))
+    guess = estimate_floor_index(tensors, limit)
+    index = finest_fitting(lambda index: len(packed(index)), guess, limit, log)
+    fits, index = index is not None, index or 0
+    path = write_or_rescue(path if fits else path.with_suffix(".oversize.xz"), packed(index), log)
+    code, model = code_bytes(), len(packed(index))
+    sizes = {"code_bytes": code, "model_bytes": model, "total_bytes": code + model}
+    knob = {"floor_index": index, "floor": floor_value(index)}
+    log.event("artifact", path=path, **sizes, margin_bytes=limit - model, **knob)
+    text = f"artifact_limit_bytes={hp.artifact_limit_bytes}: code and model need {code + model}"
+    require(fits, f"{text} at the coarsest setting, kept as {path}: make the model smaller")
+    return path
+
+
 def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """The architecture (other settings at their defaults) and the float32 tensors of an artifact.
 
@@ -1503,14 +1987,8 @@ def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
     try:
         magic, length = struct.unpack("<4sI", read(8, path.read_bytes()))
         require(magic == ARTIFACT_MAGIC and length < 1 << 16, "it does not begin like an artifact")
-        header = json.loads(read(length))
-        names = Hyperparameters().architecture()
-        require(isinstance(header, dict) and set(header) == set(names), "its header is another one")
-        T = header["train_seq_len"]
-        header |= {"train_batch_tokens": T, "micro_batch_tokens": T, "eval_stride": 1}
-        hp, _ = read_configuration({k.upper(): str(v) for k, v in header.items()}, [])
-        with torch.device("meta"):  # shapes without memory
-            shapes = {name: p.shape for name, p in GPT(hp).named_parameters()}
+        hp = read_header(read(length))
+        shapes = {name: row.shape for name, row in parameter_table(hp).items()}
         size = payload_bytes(shapes)
         require(size <= MAX_MODEL_BYTES, f"it claims {size} bytes of weights")
         payload = read(size)
@@ -1518,14 +1996,26 @@ def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
         require(stream.eof and not rest and not stream.unused_data, "it has too many bytes")
     except OSError as error:
         raise UserError(f"artifact {path} cannot be read: {error.strerror}") from None
-    except (lzma.LZMAError, EOFError, ValueError, RecursionError) as error:
+    except (lzma.LZMAError, EOFError, ValueError, RecursionError, OverflowError) as error:
         text = f"artifact {path} is damaged or foreign ({error}): copy or export it again"
         raise UserError(text) from None
     return hp, unpack(payload, shapes)
 
 
+def read_header(text: bytes) -> Hyperparameters:
+    """The settings in an artifact's header, checked like a user's. Raises ValueError."""
+    header, names = json.loads(text), Hyperparameters().architecture()
+    require(isinstance(header, dict) and set(header) == set(names), "its header is another one")
+    T = header["train_seq_len"]
+    fitted = {"train_batch_tokens": T, "micro_batch_tokens": T, "eval_stride": 1}
+    settings = {name.upper(): str(value) for name, value in (header | fitted).items()}
+    hp, _ = read_configuration(settings, [])
+    require(hp.vocab_size is not None, "its header has no vocabulary")
+    return hp
+
+
 # --------------------------------------------------------------------------------------------------
-# 10. Evaluation: every token scored exactly once, plain, sliding, and before each TTT update
+# 12. Evaluation: every token scored exactly once, plain, sliding, and before each TTT update
 
 
 def scoring_windows(first: int, last: int, seq_len: int, stride: int) -> np.ndarray:
@@ -1539,116 +2029,117 @@ def scoring_windows(first: int, last: int, seq_len: int, stride: int) -> np.ndar
     return np.stack([np.maximum(to - seq_len, 0), np.append(first, to[:-1]), to], axis=1)
 
 
-def micro_batches(rows: Tensor, hp: Hyperparameters) -> list[Tensor]:
-    """Cuts rows (B, ...) into the fewest near-equal parts that fit micro_batch_tokens."""
-    parts = math.ceil(len(rows) / (hp.micro_batch_tokens // hp.train_seq_len))
-    return list(rows.tensor_split(parts)) if parts else []
-
-
 class Evaluator:
-    """Scores a text of tokens; the loss of target t is that of token t+1."""
+    """Scores a text of tokens; target t is token t+1, and its loss is final once it is scored."""
 
     def __init__(
-        self, tokens: np.ndarray, table: TokenBytes, hp: Hyperparameters, runtime: Runtime, log: Log
+        self,
+        hp: Hyperparameters,
+        tokens: np.ndarray,
+        token_bytes: TokenBytes,
+        runtime: Runtime,
+        log: Log,
     ) -> None:
-        T = hp.train_seq_len
-        text = f"data_path: {len(tokens)} validation tokens are not more than a window of {T}"
-        require(len(tokens) > T, f"{text}: prepare more text or lower train_seq_len")
-        self.hp, self.table, self.runtime, self.log = hp, table, runtime, log
+        """tokens (n,): any integers, more than a window of them."""
+        self.hp, self.runtime, self.log = hp, runtime, log
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         self.num_targets = len(tokens) - 1
-        self.bytes = table.of(self.tokens[:-1], self.tokens[1:])
-        self.deadline = math.inf  # on the clock of time.perf_counter
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets all scores; one more slot takes what is computed but not to be kept."""
-        self.losses = torch.zeros(self.num_targets + 1, device=self.runtime.device)
-        self.times_scored = torch.zeros_like(self.losses, dtype=torch.int32)
-        self.started = self.mark = time.perf_counter()
+        self.bytes = token_bytes.of(self.tokens[:-1], self.tokens[1:])
 
     @torch.no_grad()
-    def score(self, model: GPT, windows: np.ndarray, passes: int, stride: int) -> None:
-        """Scores this rank's share of `windows`, in batches of one shape, with a head on the last
-        `stride` positions only where all that a window scores lies in them."""
+    def score(
+        self, model: GPT, targets: range, stride: int, passes: int, name: str | None = None
+    ) -> Tensor:
+        """The losses in nats (targets,) float32, on every rank; ranks share the windows.
+
+        Windows are scored in batches of one shape, with a head on the last `stride` positions only
+        where all that a window scores lies in them. name: shows the progress under it.
+        """
         T, size, device = self.hp.train_seq_len, self.hp.eval_batch_seqs, self.runtime.device
+        # One more slot takes what is computed but not to be kept.
+        losses = torch.zeros(len(targets) + 1, device=device)
+        times_scored = torch.zeros_like(losses, dtype=torch.int32)
+        windows = scoring_windows(targets.start, targets.stop, T, stride)
         mine = windows[self.runtime.share(len(windows))]
         late = mine[:, 1] >= mine[:, 0] + T - stride
         for chosen, count in ((mine[late], stride), (mine[~late], T)):
-            for part in (chosen[at : at + size] for at in range(0, len(chosen), size)):
+            for at in range(0, len(chosen), size):
+                part = chosen[at : at + size]
                 rows = np.pad(part, ((0, size - len(part)), (0, 0)))  # the added ones score nothing
                 start, first, last = torch.from_numpy(rows).to(device).unsqueeze(2).unbind(1)
                 batch = self.tokens[start + torch.arange(T + 1, device=device)]
-                losses, _ = model(batch[:, :-1], batch[:, 1:], passes, score_last=count)
+                found, _ = model(batch[:, :-1], batch[:, 1:], passes, score_last=count)
                 target = start + torch.arange(T - count, T, device=device)
                 kept = (target >= first) & (target < last)
-                place = torch.where(kept, target, self.num_targets).flatten()
-                self.losses.index_copy_(0, place, losses.flatten())
-                self.times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+                place = torch.where(kept, target - targets.start, len(targets)).flatten()
+                losses.index_copy_(0, place, found.flatten())
+                times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+                if name:
+                    self.log.progress(f"{name} {(at + size) / max(size, len(chosen)):4.0%}")
+        for x in (losses, times_scored):
+            self.runtime.sum_(x)
+        if not bool((times_scored[:-1] == 1).all()):
+            raise RuntimeError("a target was not scored exactly once: this is a fault of scoring")
+        return losses[:-1]
 
-    def report(self, name: str, *first: tuple[str, Any], **last: Any) -> None:
-        """Logs val_loss (nats a token) and val_bpb of all ranks' scores."""
-        for scores in (self.losses, self.times_scored):
-            self.runtime.sum_(scores)
-        assert bool((self.times_scored[:-1] == 1).all()), "every target is scored exactly once"
-        nats, text_bytes = self.losses[:-1].double().sum().item(), int(self.bytes.sum())
-        result = {"val_loss": f"{nats / self.num_targets:.8f}"}
-        result |= {"val_bpb": f"{nats / math.log(2) / text_bytes:.8f}"}
+    def bits_per_byte(self, losses: Tensor) -> float:
+        """Of the text's first len(losses) targets."""
+        nats = losses.double().sum().item()
+        return nats / math.log(2) / int(self.bytes[: len(losses)].sum())
+
+    def report(self, name: str, losses: Tensor, since: float, **more: Any) -> None:
+        """Logs val_loss (nats a token) and val_bpb of the whole text."""
+        nats, text_bytes = losses.double().sum().item(), int(self.bytes.sum())
+        loss, bpb = nats / self.num_targets, nats / math.log(2) / text_bytes
+        result = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}"}
         counts = {"tokens": self.num_targets, "bytes": text_bytes}
-        seconds = f"{time.perf_counter() - self.started:.3f}"
-        self.log.event(name, **dict(first), **result, **counts, seconds=seconds, **last)
+        seconds = f"{time.perf_counter() - since:.3f}"
+        self.log.event(name, **result, **counts, seconds=seconds, **more)
+        self.log.has_results = True
 
-    def run(self, name: str, model: GPT, stride: int, passes: int, **extra: Any) -> None:
-        """Scores the whole text with windows `stride` apart."""
-        self.clear()
-        windows = scoring_windows(0, self.num_targets, self.hp.train_seq_len, stride)
-        parts = math.ceil(len(windows) / (8 * self.hp.eval_batch_seqs * self.runtime.world_size))
-        for i, part in enumerate(np.array_split(windows, parts)):
-            self.score(model, part, passes, stride)
-            self.log.progress((i + 1) / parts, name)
-        self.report(name, *extra.items())
+    def run(self, name: str, model: GPT, stride: int, passes: int, **more: Any) -> Tensor:
+        """Scores the whole text with windows `stride` apart; returns the losses (n-1,)."""
+        since = time.perf_counter()
+        losses = self.score(model, range(self.num_targets), stride, passes, name)
+        self.report(name, losses, since, passes=passes, **more)
+        return losses
 
-    def run_ttt(self, model: GPT, passes: int) -> None:
-        """Score-first test-time training: each chunk is scored, then trained on (not the last)."""
-        hp, flat = self.hp, FlatParameters(model)
+    def run_all(self, model: GPT, passes: int) -> Tensor:
+        """Plain, sliding, test-time training; returns the losses of the last of them."""
+        hp, deadline = self.hp, time.perf_counter() + (self.hp.eval_wallclock_seconds or math.inf)
+        losses = self.run("final_int6_roundtrip_exact", model, hp.train_seq_len, passes)
+        if hp.sliding_eval:
+            losses = self.run("final_int6_sliding_window_exact", model, hp.eval_stride, passes)
+        if hp.ttt_enabled:
+            losses = self.run_ttt(model, passes, deadline)
+        return losses
+
+    def run_ttt(self, model: GPT, passes: int, deadline: float) -> Tensor:
+        """Score-first test-time training (PR 461): each chunk is scored, its losses are final, and
+        only then `model` is trained on it (not on the last). Returns the losses (n-1,).
+
+        deadline: on the clock of time.perf_counter; epochs drop to end before it.
+        """
+        hp, flat, since = self.hp, FlatParameters(model), time.perf_counter()
         sgd = torch.optim.SGD([flat.whole(slice(None))], hp.ttt_lr, hp.ttt_momentum)
-        self.clear()
-        starts, spent, trained = range(0, self.num_targets, hp.ttt_chunk_tokens), np.zeros(2), 0
+        starts, budget = range(0, self.num_targets, hp.ttt_chunk_tokens), Budget(self, deadline)
+        losses = torch.zeros(self.num_targets, device=self.tokens.device)
         for i, first in enumerate(starts):
-            last, left = min(first + hp.ttt_chunk_tokens, self.num_targets), len(starts) - i - 1
-            windows = scoring_windows(first, last, hp.train_seq_len, hp.eval_stride)
-            self.score(model, windows, passes, hp.eval_stride)
-            self.report_chunk(i + 1, len(starts), last)
-            spent[0] += self.lap()
-            if left:
-                cosine = 0.5 * (1 + math.cos(math.pi * i / (len(starts) - 1)))
-                sgd.param_groups[0]["lr"] = hp.ttt_lr * cosine
-                scoring, epoch = spent / (i + 1, max(trained, 1))  # mean seconds of a chunk
-                epochs = self.affordable_epochs(left * scoring, left * epoch)
-                self.train_on(model, flat, sgd, range(first, last), passes, epochs)
-                spent[1], trained = spent[1] + self.lap(), trained + epochs
-        self.report("legal_ttt_exact", epochs=f"{trained}/{hp.ttt_epochs * (len(starts) - 1)}")
-
-    def lap(self) -> float:
-        """Seconds since the last lap, the devices' work included."""
-        self.runtime.barrier()
-        before, self.mark = self.mark, time.perf_counter()
-        return self.mark - before
-
-    def affordable_epochs(self, scoring: float, epoch: float) -> int:
-        """The epochs that the deadline leaves time for, if scoring all chunks that are left takes
-        `scoring` seconds and training an epoch on each `epoch`; rank 0 decides."""
-        spare = 0.95 * (self.deadline - self.mark - scoring)
-        epochs = min(max(spare / max(epoch, 1e-9), 0), self.hp.ttt_epochs)
-        return self.runtime.from_main(int(epochs))
-
-    def report_chunk(self, done: int, chunks: int, last: int) -> None:
-        self.log.progress(done / chunks, "legal_ttt")
-        if done % max(1, chunks // 20) == 0:
-            nats = self.runtime.sum_(self.losses[:last].double().sum()).item()
-            bpb = nats / math.log(2) / int(self.bytes[:last].sum())
-            seconds = f"{time.perf_counter() - self.started:.1f}s"
-            self.log.event("ttt_chunk", chunk=f"{done}/{chunks}", val_bpb=bpb, time=seconds)
+            chunk = range(first, min(first + hp.ttt_chunk_tokens, self.num_targets))
+            losses[first : chunk.stop] = self.score(model, chunk, hp.eval_stride, passes)
+            if (i + 1) % max(1, len(starts) // 20) == 0:
+                bpb, at = self.bits_per_byte(losses[: chunk.stop]), f"{i + 1}/{len(starts)}"
+                seconds = f"{time.perf_counter() - since:.1f}s"
+                self.log.event("ttt_chunk", chunk=at, val_bpb=bpb, time=seconds)
+            epochs = budget.epochs(len(starts) - i - 1)
+            cosine = 0.5 * (1 + math.cos(math.pi * i / max(1, len(starts) - 1)))
+            sgd.param_groups[0]["lr"] = hp.ttt_lr * cosine
+            self.train_on(model, flat, sgd, chunk, passes, epochs)
+            budget.trained(epochs)
+            self.log.progress(f"legal_ttt {i + 1}/{len(starts)} chunks")
+        epochs = f"{budget.epochs_done}/{hp.ttt_epochs * (len(starts) - 1)}"
+        self.report("legal_ttt_exact", losses, since, passes=passes, epochs=epochs)
+        return losses
 
     def train_on(
         self, model: GPT, flat: FlatParameters, sgd: Any, targets: range, passes: int, epochs: int
@@ -1669,322 +2160,95 @@ class Evaluator:
             flat.grad.zero_()
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. Training: warm-up, then the clock and the loop
+class Budget:
+    """The epochs of test-time training that the time until `deadline` allows on each chunk."""
 
+    def __init__(self, evaluator: Evaluator, deadline: float) -> None:
+        self.hp, self.runtime, self.deadline = evaluator.hp, evaluator.runtime, deadline
+        self.scoring, self.training, self.chunks, self.epochs_done = 0.0, 0.0, 0, 0
+        self.mark = time.perf_counter()
 
-def graphs_compiled() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-class Clock:
-    """The run's progress and stops, decided once and followed by all ranks at the same step.
-
-    What rank 0 knows when a step begins is shared while that step runs and used for the next, so
-    that no host waits for another. The time at which the next step will begin and end is
-    extrapolated: training stops before a step that would end after the cap, were it as slow as the
-    slowest of the last ones. As a context, it notes SIGTERM and SIGINT; any rank's stops all.
-    """
-
-    def __init__(
-        self, hp: Hyperparameters, runtime: Runtime, elapsed: float = 0.0, progress: float = 0.0
-    ) -> None:
-        """elapsed, progress: of the run that is resumed."""
-        self.hp, self.runtime, self.work, self.signal = hp, runtime, None, 0
-        self.ahead = 2 if runtime.device.type == "cuda" else 1  # steps from now to the next's start
-        # progress, stop, checkpoint, signals
-        self.shared = torch.tensor([progress, 0.0, 0.0, 0.0], dtype=torch.float64)
-        self.recent = deque([0.0], maxlen=16)  # seconds of the last steps
-        self.checkpoint = self.interrupted = False
-        runtime.barrier()
-        self.last = self.last_checkpoint = time.perf_counter()
-        self.started = self.last - elapsed
-
-    def __enter__(self) -> None:
-        def note(number: int, frame: Any) -> None:
-            self.signal = number
-
-        self.handlers = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def exclude(self, seconds: float) -> None:
-        """Takes a pause out of the run's time."""
-        self.started, self.last = self.started + seconds, self.last + seconds
-
-    def progress(self, step: int) -> float:
-        """The run's progress as `step` begins; at 1 or more training stops."""
-        iterations = self.hp.iterations
-        if self.work is not None:
-            self.work.wait()
-        by_time, stop, checkpoint, signals = self.shared.tolist()
-        self.checkpoint, self.interrupted = checkpoint > 0, signals > 0
-        by_steps = 0.0 if iterations is None else step / iterations if iterations else 1.0
-        progress = 1.0 if stop or self.interrupted else max(by_time, by_steps)
-        if progress < 1:
-            self.tell()
-        return progress
-
-    def tell(self) -> None:
-        """Starts to tell all ranks where rank 0's clock will stand when the next step begins."""
-        hp, now = self.hp, time.perf_counter()
-        step_seconds, self.last = now - self.last, now
-        begin = self.elapsed() + self.ahead * step_seconds
-        cap = (hp.max_wallclock_seconds or math.inf) - hp.reserve_seconds
-        self.recent.append(step_seconds)
-        every = hp.checkpoint_seconds or math.inf  # none at the end: it would come after the cap
-        due = now - self.last_checkpoint >= every and cap - begin >= every
-        self.last_checkpoint = now if due else self.last_checkpoint
-        by_time = max(float(self.shared[0]), min(begin / cap, 1.0))  # it never goes back
-        facts = [by_time, begin + max(self.recent) > cap, due]
-        facts = [float(fact) * self.runtime.is_main for fact in facts]
-        self.shared = torch.tensor([*facts, float(self.signal)], dtype=torch.float64)
-        if self.runtime.world_size > 1:
-            self.work = dist.all_reduce(self.shared, async_op=True)
-
-
-class Trainer:
-    """Trains `model` for the run's budget; what it leaves in `flat.data` is what to export."""
-
-    def __init__(
-        self, model: GPT, loader: BatchLoader, evaluator: Evaluator, checkpoints: Path | None = None
-    ) -> None:
-        self.hp, self.model, self.loader, self.evaluator = model.hp, model, loader, evaluator
-        self.runtime, self.log, self.table = evaluator.runtime, evaluator.log, evaluator.table
-        self.flat, self.checkpoints = FlatParameters(model, self.runtime.world_size), checkpoints
-        self.floor_index: int | None = None  # of QAT, once it has begun
-        self.norms: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
-
-    def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
-        """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
-        nats, text bytes, proxy, then growth, update and feedback of each pass, times B.
-        """
-        hp = self.hp
-        sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
-        for part in micro_batches(batch, hp):
-            ids, targets = part[:, :-1], part[:, 1:]
-            losses, stability = self.model(ids, targets, passes, floor)
-            nats, proxy = losses.sum(), stability.jacobian_proxy.sum()
-            weighted = hp.jacobian_proxy_weight * proxy / hp.batch_seqs
-            (nats / hp.train_batch_tokens + weighted).backward()
-            counts = torch.stack([nats.detach(), self.table.of(ids, targets).sum(), proxy.detach()])
-            sums += torch.cat([counts, len(part) * torch.cat(stability[1:])])
-        return sums
-
-    def warm_up(self) -> None:
-        """Runs every graph of the run on random tokens of its own, then restores the weights.
-
-        What is compiled, tuned or allocated on first use is none of the timed section's; the
-        throwaway optimizer opens the ranks' communication, the evaluation runs on a copy.
-        """
-        hp, flat, runtime, kept = self.hp, self.flat, self.runtime, self.flat.data.clone()
-        generator = torch.Generator().manual_seed(hp.seed)
-        random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
-        optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
-        graphs = run_graphs(hp)
-        steps = max(hp.warmup_steps, len(graphs)) if hp.warmup_steps else 0
-        for i in range(steps):
-            passes, qat = graphs[i * len(graphs) // steps]
-            batch = random(self.loader.shape).to(runtime.device)
-            self.accumulate(batch, passes, floor if qat else None)
-            optimizer.step(optimizer.reduce(), 1.0, 0.9)
-            flat.grad.zero_()
-            self.log.progress((i + 1) / steps, "warm-up")
-        if steps and self.model.region is compiled:
-            text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
-            throwaway = Evaluator(text, self.table, hp, runtime, Log(None))
-            evaluate_model(copy.deepcopy(self.model), throwaway)
-        flat.data.copy_(kept)
-
-    def train(self) -> int:
-        """Returns the run's exit code; the weights are averaged unless they are to be resumed."""
-        hp, flat, log = self.hp, self.flat, self.log
-        optimizer, average = Optimizer(flat, hp, self.runtime), WeightAverage(hp, flat.data)
-        step, before, elapsed = self.resume(optimizer, average)
-        graphs, clock = graphs_compiled(), Clock(hp, self.runtime, elapsed, average.last_progress)
-        with clock:
-            while (progress := clock.progress(step)) < 1:
-                if clock.checkpoint:
-                    self.save(step, optimizer, average, clock)
-                    clock.last = time.perf_counter()  # the next step will not be as long
-                plan = plan_step(hp, step, progress)
-                floor = self.announce(step, progress, before, plan)
-                sums = self.accumulate(self.loader.batch(step), plan.num_passes, floor)
-                norm = optimizer.reduce()
-                optimizer.step(norm, plan.lr_scale, plan.momentum)
-                flat.grad.zero_()
-                average.update(progress, plan.swa)
-                self.watch(step, norm)
-                step, before = step + 1, plan
-                if step % hp.train_log_every == 0 or step in (1, 10):
-                    self.log_step(step, plan, sums, norm, clock)
-                if hp.val_loss_every and step % hp.val_loss_every == 0:
-                    self.validate(step, plan.num_passes, clock)
-                log.progress(progress, f"step {step}, {plan.num_passes} passes")
-            self.watch(step, None)
-            self.runtime.barrier()
-            spent, late = time_fields(clock, step), graphs_compiled() - graphs
-            memory = torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_initialized() else 0
-            facts = {"graphs_compiled_after_start": late, "peak_memory_mib": memory}
-            log.event("stop", step=step, **spent, **facts, interrupted=int(clock.interrupted))
-            wanted = clock.interrupted and hp.on_signal == "checkpoint"
-            if wanted and self.save(step, optimizer, average, clock):
-                return EXIT_CHECKPOINTED
-        log.event("weight_average", kind=hp.weight_average, swa_samples=average.samples)
-        flat.data.copy_(average.result())
-        return EXIT_EXPORTED if clock.interrupted else 0
-
-    def announce(
-        self, step: int, progress: float, before: StepPlan | None, plan: StepPlan
-    ) -> Tensor | None:
-        """Logs what this step is the first to do; fixes and returns QAT's floor once it is on."""
-        at = {"step": step, "progress": progress}
-        if before is None or plan.num_passes != before.num_passes:
-            self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
-        if plan.swa and not (before and before.swa) and "swa" in self.hp.weight_average:
-            self.log.event("swa", **at)
-        if not plan.qat:
-            return None
-        if self.floor_index is None:
-            limit = self.hp.artifact_limit_bytes - code_bytes()
-            guess = estimate_floor_index(self.flat.named(self.flat.data), limit)
-            self.floor_index = index = self.runtime.from_main(guess)
-            self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
-        return torch.full((), floor_value(self.floor_index), device=self.runtime.device)
-
-    def watch(self, step: int, norm: Tensor | None) -> None:
-        """Raises FloatingPointError at a non-finite gradient; looks one step back on a GPU.
-
-        So the host is at most two steps ahead, and the GPU never waits for it.
-        """
-        if norm is not None:
-            event = torch.cuda.Event() if norm.is_cuda else None
-            self.norms.append((step, norm.detach().to("cpu", non_blocking=True), event))
-            if event is not None:
-                event.record()
-        while len(self.norms) > (norm is not None and norm.is_cuda):
-            at, value, event = self.norms.pop(0)
-            if event is not None:
-                event.synchronize()
-            if not math.isfinite(value):
-                text = f"step {at + 1}: the gradient's norm is {value.item()}, the run has diverged"
-                raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
-
-    def log_step(self, step: int, plan: StepPlan, sums: Tensor, norm: Tensor, clock: Clock) -> None:
-        hp = self.hp
-        nats, text_bytes, proxy, *ratios = self.runtime.sum_(sums).tolist()
-        ratios = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
-        facts = {"step": f"{step}/{hp.iterations}" if hp.iterations else step}
-        facts |= {"train_loss": f"{nats / hp.train_batch_tokens:.4f}"}
-        facts |= {"train_bpb": f"{nats / math.log(2) / text_bytes:.4f}"}
-        facts |= {"jacobian_proxy": proxy / hp.batch_seqs, "grad_norm": norm.item()}
-        facts |= {"lr_scale": plan.lr_scale, "passes": plan.num_passes, "qat": int(plan.qat)}
-        facts |= zip(("growth", "update", "feedback_norm"), ratios, strict=True)
-        facts |= {"residual_scale": self.model.recurrence.residual_scale.tolist()}
-        self.log.event(**facts, **time_fields(clock, step))
-
-    def validate(self, step: int, passes: int, clock: Clock) -> None:
-        """Scores the validation text as it is now, outside the run's time."""
+    def lap(self) -> float:
+        """Seconds since the last lap, the devices' work included."""
         self.runtime.barrier()
-        since = time.perf_counter()
-        self.evaluator.run("validation", self.model, self.hp.train_seq_len, passes, step=step)
-        clock.exclude(time.perf_counter() - since)
+        before, self.mark = self.mark, time.perf_counter()
+        return self.mark - before
 
-    def run_state(self, optimizer: Optimizer, average: WeightAverage) -> dict[str, Tensor]:
-        """Every tensor that training carries from step to step, in the layout of `flat.data`."""
-        state = {"data": self.flat.data, "first": optimizer.first, "second": optimizer.second}
-        state |= {"ema": average.ema, "swa": average.swa}
-        return {name: tensor for name, tensor in state.items() if tensor is not None}
+    def epochs(self, left: int) -> int:
+        """Epochs on the chunk that was just scored, if `left` more are to be; rank 0 decides."""
+        self.scoring, self.chunks = self.scoring + self.lap(), self.chunks + 1
+        scoring = self.scoring / self.chunks
+        # Before the first: a stride is scored at the cost of a window, training costs thrice that.
+        epoch = 3 * scoring * self.hp.eval_stride / self.hp.train_seq_len
+        if self.epochs_done:
+            epoch = self.training / self.epochs_done
+        spare = 0.95 * (self.deadline - self.mark - left * scoring)
+        epochs = min(max(spare / max(left * epoch, 1e-9), 0), self.hp.ttt_epochs)
+        return self.runtime.from_main(int(epochs) if left else 0)
 
-    def fixed_settings(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that it continues."""
-        names = ("seed", "train_batch_tokens", "shuffle", "weight_average")
-        return self.hp.architecture() | {name: getattr(self.hp, name) for name in names}
-
-    def save(self, step: int, optimizer: Optimizer, average: WeightAverage, clock: Clock) -> bool:
-        """Writes a checkpoint: a digest, then torch.save's bytes; on every rank: whether it did.
-
-        Tensors are stored by name, for any number of ranks. Training draws no random numbers and
-        the loader's place is the step, so that nothing else has to be kept.
-        """
-        if self.runtime.world_size > 1:
-            for work in [optimizer.gather(optimizer.first, bank) for bank in BANKS]:
-                work.wait()
-        main = self.runtime.is_main and self.checkpoints is not None
-        return self.runtime.from_main(main and self.write(step, optimizer, average, clock))
-
-    def write(self, step: int, optimizer: Optimizer, average: WeightAverage, clock: Clock) -> bool:
-        """Writes the checkpoint aside, then keeps it and the one before it."""
-        tensors = self.run_state(optimizer, average).items()
-        counts = (average.samples, average.last_progress, average.last_sample)
-        facts = {"step": step, "elapsed": clock.elapsed(), "floor_index": self.floor_index}
-        facts |= {"average": counts, "settings": self.fixed_settings()}
-        named = {kind: self.flat.named(t.to("cpu", copy=True)) for kind, t in tensors}
-        buffer, path = io.BytesIO(), self.checkpoints / f"step_{step:08d}.pt"
-        torch.save(facts | {"tensors": named}, buffer)
-        digest = hashlib.sha256(buffer.getbuffer()).digest()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, digest + buffer.getvalue())
-            # Later ones first: a resumed run has found them damaged.
-            found = sorted(path.parent.glob("step_*.pt"), key=lambda other: (other <= path, other))
-            for old in [*found[:-2], *path.parent.glob("step_*.tmp")]:
-                old.unlink()
-        except OSError as error:  # the run goes on, and older checkpoints stay
-            self.log.event("checkpoint_failed", path=path, reason=error.strerror)
-            return False
-        self.log.event("checkpoint", step=step, path=path, bytes=32 + buffer.tell())
-        return True
-
-    def resume(
-        self, optimizer: Optimizer, average: WeightAverage
-    ) -> tuple[int, StepPlan | None, float]:
-        """The step to go on with, the plan of the one before it, and the seconds spent so far."""
-        state = self.hp.resume and read_checkpoint(self.checkpoints, self.runtime, self.log)
-        if not state:
-            return 0, None, 0.0
-        new, step = self.fixed_settings(), state["step"]
-        differ = [f"{k}={new[k]} (was {v})" for k, v in state["settings"].items() if new[k] != v]
-        require(not differ, f"resume: the checkpoint has other settings: {', '.join(differ)}")
-        for kind, tensor in self.run_state(optimizer, average).items():
-            for name, view in self.flat.named(tensor).items():
-                view.copy_(state["tensors"][kind][name])
-        for moments in optimizer.adam.state.values():
-            moments["step"].fill_(step)
-        self.floor_index = state["floor_index"]
-        average.samples, average.last_progress, average.last_sample = state["average"]
-        before = plan_step(self.hp, step - 1, average.last_progress)
-        self.log.event("resume", step=step, train_time=f"{1000 * state['elapsed']:.0f}ms")
-        return step, before, state["elapsed"]
-
-
-def read_checkpoint(folder: Path, runtime: Runtime, log: Log) -> dict[str, Any] | None:
-    """The newest whole checkpoint, the same on every rank, or None. Nothing in it is executed."""
-    found = sorted(folder.glob("step_*.pt"), reverse=True)
-    for path in runtime.from_main(found):
-        data = runtime.from_main(path.read_bytes() if runtime.is_main else None)
-        if hashlib.sha256(data[32:]).digest() == data[:32]:
-            return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
-        log.event("checkpoint_damaged", path=path)
-    return None
-
-
-def time_fields(clock: Clock, step: int) -> dict[str, str]:
-    spent = 1000 * clock.elapsed()
-    return {"train_time": f"{spent:.0f}ms", "step_avg": f"{spent / max(1, step):.2f}ms"}
+    def trained(self, epochs: int) -> None:
+        self.training, self.epochs_done = self.training + self.lap(), self.epochs_done + epochs
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Main: configuration -> data -> training -> artifact -> evaluation of the artifact
+# 13. Main: settings -> data -> model -> train -> average -> export -> load -> evaluate
+
+
+class Files(NamedTuple):
+    """Where a run writes."""
+
+    log: Path
+    artifact: Path
+    checkpoints: Path
+
+
+def run_files(hp: Hyperparameters, runtime: Runtime) -> Files:
+    """Names them, and raises UserError rather than let a run overwrite another."""
+    run_id = runtime.from_main(hp.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{hp.seed}")
+    folder = Path(hp.output_dir)
+    names = (f"{run_id}.txt", f"{run_id}.int6.xz", f"{run_id}.checkpoints")
+    files = Files(*(folder / name for name in names))
+    if runtime.is_main:
+        remedy = "choose another run_id"
+        if hp.resume:
+            text = f"run_id: {files.artifact} is finished and is never overwritten"
+            remedy = f"score it again with --evaluate, or {remedy}"
+            require(not files.artifact.exists(), f"{text}: {remedy}")
+        else:
+            existing = [path for path in files if path.exists()]
+            if existing == [files.log, files.checkpoints]:
+                remedy += ", or go on from its checkpoint with --resume"
+            text = f"run_id: {', '.join(map(str, existing))} would be overwritten"
+            require(not existing, f"{text}: {remedy}")
+    return files
+
+
+def check_paths(hp: Hyperparameters) -> None:
+    """Raises UserError with all that is wrong with the paths that were given."""
+    output, losses = Path(hp.output_dir).absolute(), Path(hp.token_losses or "losses.npy")
+    folder = next(path for path in (output, *output.parents) if path.exists())
+    need = 0 if hp.evaluate else hp.artifact_limit_bytes
+    data = "run data/download_fineweb.py or data/prepare_text.py, or set DATA_PATH"
+    rules = [
+        (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {data}"),
+        (find_tokenizer(hp).is_file(), f"tokenizer_path={find_tokenizer(hp)} is missing: set it"),
+        (losses.parent.is_dir() and not losses.is_dir(), f"token_losses={losses} can be no file"),
+        (
+            shutil.disk_usage(folder).free > need,
+            f"output_dir={output}: less than {need} bytes free",
+        ),
+    ]
+    mistakes = [text for holds, text in rules if not holds]
+    require(not mistakes, "\n".join(mistakes))
 
 
 def code_bytes() -> int:
     return Path(__file__).stat().st_size
+
+
+def model_limit(hp: Hyperparameters) -> int:
+    """Bytes that the code leaves for the model."""
+    return hp.artifact_limit_bytes - code_bytes()
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -1998,7 +2262,29 @@ def write_aside(path: Path, data: bytes) -> None:
         raise
 
 
-def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime, log: Log) -> None:
+def write_or_rescue(path: Path, data: bytes, log: Log) -> Path:
+    """Writes a file; into the temporary folder if `path` cannot be written. Where it lies."""
+    try:
+        write_aside(path, data)
+    except OSError as error:
+        rescued = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
+        log.event("warning", text=f"{path}: {error.strerror}; written to {rescued} instead")
+        path = rescued
+        write_aside(path, data)
+    return path
+
+
+def log_header(
+    hp: Hyperparameters,
+    sources: Mapping[str, str],
+    data: Data,
+    files: Files,
+    runtime: Runtime,
+    log: Log,
+) -> None:
+    """What runs: script, versions, device, settings, data."""
+    started = time.strftime("%Y%m%d_%H%M%S")
+    log.event("run", run_id=files.log.stem, started=started)
     code = Path(__file__).read_bytes()
     digest = hashlib.sha256(code).hexdigest()
     log.event("code", name=Path(__file__).name, bytes=len(code), sha256=digest)
@@ -2009,168 +2295,120 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} x{os.cpu_count()}"
     log.event("device", name=name, world_size=runtime.world_size, dtype=str(runtime.dtype)[6:])
     for f in fields(hp):
-        log.event("config", name=f.name, value=getattr(hp, f.name), source=sources[f.name])
+        # str: a float reads back equal.
+        log.event("config", name=f.name, value=str(getattr(hp, f.name)), source=sources[f.name])
+    for facts in data.facts:
+        log.event("data", **facts)
+    log.phase("start")
+    if not on_gpu and not hp.evaluate and hp.model_dim * hp.num_layers > 4096:
+        text = "a model of this size takes minutes a step on a CPU: --env scripts/demo.env is small"
+        log.event("warning", text=text)
 
 
 def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
-    name = choose_attention(hp, runtime, log)
-    on = hp.compile == "on" or (hp.compile == "auto" and runtime.device.type == "cuda")
     torch._dynamo.config.recompile_limit = 128
     if hasattr(torch._inductor.config.triton, "mix_order_reduction"):  # since torch 2.10
-        # It joins resid_mix's gradient, sums over tokens, to the norms' backward: in a step of
-        # 786,432 tokens on an H100 50 ms, where apart they take 38 (torch 2.11).
+        # It joins resid_mix's gradient, sums over tokens, to the norms' backward: 50 ms of a step
+        # on an H100, where apart they take 38 (torch 2.11).
         torch._inductor.config.triton.mix_order_reduction = False
     torch.manual_seed(hp.seed)
-    model = GPT(hp, runtime.dtype, on).to(runtime.device)
-    count = sum(p.numel() for p in model.parameters())
-    fused = int(fuses_mlp(runtime.device, runtime.dtype, model.mlp_up_bank.shape[1:]))
-    kernels = {"attention": name, "fused_mlp": fused, "compile": "on" if on else "off"}
-    log.event("model", parameters=count, **kernels)
+    model = GPT(hp, runtime.dtype).to(runtime.device)
+    facts = {"parameters": sum(p.numel() for p in model.parameters())}
+    fused = fuses_mlp(runtime.device, runtime.dtype, model.mlp_up_bank.shape[1:])
+    facts |= {"fused_mlp": int(fused), "compile": "on" if runtime.compiles else "off"}
+    log.event("model", **facts)
     return model
-
-
-def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
-    """Writes the finest artifact that fits beside the code. Raises UserError if none does.
-
-    Returns where it lies: in the temporary folder if `path` cannot be written.
-    """
-    code, packed = code_bytes(), cache(partial(compress, hp, tensors))
-    limit = hp.artifact_limit_bytes - code
-    guess = estimate_floor_index(tensors, limit)
-    index = finest_fitting(lambda index: len(packed(index)), guess, limit, log)
-    fits, index = index is not None, index or 0
-    path = path if fits else path.with_suffix(".oversize.xz")
-    try:
-        write_aside(path, packed(index))
-    except OSError as error:
-        path = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
-        log.event("warning", text=f"output_dir: {error.strerror}; the artifact is {path}")
-        write_aside(path, packed(index))
-    model, margin = path.stat().st_size, limit - path.stat().st_size
-    sizes = {"code_bytes": code, "model_bytes": model, "total_bytes": code + model}
-    knob = {"floor_index": index, "floor": floor_value(index)}
-    log.event("artifact", path=path, **sizes, margin_bytes=margin, **knob)
-    text = f"artifact_limit_bytes={hp.artifact_limit_bytes}: code and model need {code + model}"
-    require(fits, f"{text} at the coarsest setting, kept as {path}: make the model smaller")
-    return path
 
 
 def adopt(hp: Hyperparameters, stored: Hyperparameters) -> Hyperparameters:
     """The run's settings with the architecture of an artifact; what only training needs, fitted."""
     T = stored.train_seq_len
     fitted = {"train_batch_tokens": T, "micro_batch_tokens": max(T, hp.micro_batch_tokens)}
-    fitted |= {"eval_stride": min(T, hp.eval_stride)}
-    fitted |= {"eval_passes": hp.eval_passes or stored.passes_in_evaluation}
+    fitted["eval_stride"] = min(T, hp.eval_stride)
+    fitted["eval_passes"] = hp.eval_passes or stored.eval_passes
     return replace(hp, **(stored.architecture() | fitted))
 
 
-def evaluate_model(model: GPT, evaluator: Evaluator) -> None:
-    """Plain, sliding, test-time training; the last of them leaves its losses in `evaluator`."""
-    hp, passes = evaluator.hp, evaluator.hp.passes_in_evaluation
-    evaluator.run("final_int6_roundtrip_exact", model, hp.train_seq_len, passes)
-    if hp.sliding_eval:
-        evaluator.run("final_int6_sliding_window_exact", model, hp.eval_stride, passes)
-    if hp.ttt_enabled:
-        evaluator.run_ttt(model, passes)
+def load_model(hp: Hyperparameters, artifact: Path, runtime: Runtime, log: Log) -> GPT:
+    """A fresh model with the weights of the artifact as it lies on the disk."""
+    stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
+    model = build_model(adopt(hp, stored), runtime, log)
+    model.load_state_dict(tensors)
+    return model
 
 
-def open_data(
-    hp: Hyperparameters, runtime: Runtime, log: Log
-) -> tuple[BatchLoader | None, Evaluator]:
-    """Checks all data before anything expensive: the loader (for training only), the evaluator."""
-    tokenizer = load_tokenizer(Path(hp.tokenizer_path), hp.vocab_size)
-    table, loader = TokenBytes(tokenizer, runtime.device), None
-    for split in ("val",) if hp.evaluate else ("train", "val"):
-        paths = find_data_shards(Path(hp.data_path), split)
-        check_token_ids(paths[runtime.rank :: runtime.world_size], hp.vocab_size)
-        shards = [open_data_shard(path) for path in paths]
-        counts = {"shards": len(shards), "tokens": sum(map(len, shards))}
-        log.event("data", split=split, **counts, fingerprint=data_fingerprint(paths))
-        if split == "train":
-            loader = BatchLoader(shards, hp, runtime)
-    tokens = np.concatenate(shards)
-    check_token_bytes(tokenizer, table, tokens)
-    return loader, Evaluator(tokens, table, hp, runtime, log)
+def write_losses(hp: Hyperparameters, losses: Tensor, runtime: Runtime, log: Log) -> None:
+    if hp.token_losses and runtime.is_main:
+        buffer = io.BytesIO()
+        np.save(buffer, losses.cpu().numpy())
+        write_or_rescue(Path(hp.token_losses), buffer.getvalue(), log)
 
 
-def check_outputs(hp: Hyperparameters) -> None:
-    """Raises UserError if there is no place for what the run will write."""
-    losses, folder = Path(hp.token_losses or "losses.npy"), Path(hp.output_dir)
-    text = f"token_losses={losses} must be a file in a folder that exists: choose another path"
-    require(losses.parent.is_dir() and not losses.is_dir(), text)
-    folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, need = shutil.disk_usage(folder).free, hp.artifact_limit_bytes
-    text = f"output_dir={hp.output_dir} has {free} bytes left for an artifact of up to {need}"
-    require(bool(hp.evaluate) or free > need, f"{text}: make room or choose another folder")
+def train(trainer: Trainer, evaluator: Evaluator, files: Files) -> tuple[int, Path]:
+    """Trains, averages and exports; the exit code so far, and the artifact."""
+    hp, log, runtime = trainer.hp, trainer.log, trainer.runtime
+    if hp.resume:
+        load_checkpoint(trainer, files.checkpoints)
+    trainer.warm_up()
+    log.phase("warm_up")
+
+    keeps = hp.on_signal == "checkpoint"
+    aim = "writes a checkpoint and ends" if keeps else "exports and scores what it has"
+    with trainer.interrupts.deferred(f"the run {aim}; a second signal ends it at once"):
+        interrupted = trainer.train(evaluator, files.checkpoints)
+        log.phase("training")
+        if interrupted and keeps and save_checkpoint(trainer, files.checkpoints):
+            return EXIT_CHECKPOINTED, files.artifact
+
+        passes = trainer.average_weights()
+        evaluator.run("pre_quant_exact", trainer.model, hp.train_seq_len, passes)
+        log.phase("pre_quant_evaluation")
+        artifact, tensors = files.artifact, trainer.flat.named(trainer.flat.data)
+        if runtime.is_main:
+            artifact = export(replace(hp, eval_passes=passes), tensors, artifact, log)
+        log.phase("export")
+    return EXIT_EXPORTED if interrupted else 0, artifact
 
 
-def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, began: float) -> int:
-    """Returns the exit code. began: when the program did, on the clock of time.perf_counter."""
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    run_id = runtime.from_main(hp.run_id or f"{stamp}_seed{hp.seed}")
-    check_outputs(hp)
+def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: Interrupts) -> int:
+    """Settings -> data -> model -> train, average, export -> load -> evaluate; the exit code."""
+    check_paths(hp)
+    files = run_files(hp, runtime)
     if hp.evaluate:
         stored = read_artifact(Path(hp.evaluate))[0] if runtime.is_main else None
         hp = adopt(hp, runtime.from_main(stored))
         sources |= dict.fromkeys(hp.architecture(), "artifact")
-    log = Log(Path(hp.output_dir) / f"{run_id}.txt" if runtime.is_main else None, hp.resume)
-    log.event("run", run_id=run_id, started=stamp)
-    log_header(hp, sources, runtime, log)
-    log.since = began
-    log.phase("start")
-    loader, evaluator = open_data(hp, runtime, log)
-    runtime.barrier()  # if any rank refuses its data there is no log, and the run_id can be used
-    log.open()
-    log.phase("data")
-    artifact = Path(hp.evaluate or Path(hp.output_dir) / f"{run_id}.int6.xz")
+    hp, data = open_data(hp, runtime)
+    log = Log(files.log if runtime.is_main else None, hp.resume)
     try:
-        return train_and_evaluate(hp, loader, evaluator, artifact)
-    except Exception as error:
-        log.event("failed", text=(str(error) or repr(error)).splitlines()[0])
+        log_header(hp, sources, data, files, runtime, log)
+        evaluator = Evaluator(hp, data.val_tokens, data.token_bytes, runtime, log)
+        code, artifact = 0, Path(hp.evaluate or files.artifact)
+        if not hp.evaluate:
+            model = build_model(hp, runtime, log)
+            trainer = Trainer(model, data, runtime, log, stop)
+            code, artifact = train(trainer, evaluator, files)
+        if code != EXIT_CHECKPOINTED:
+            graphs = graphs_compiled()
+            model = load_model(hp, artifact, runtime, log)
+            losses = evaluator.run_all(model, model.hp.eval_passes)
+            log.event("evaluated", graphs_compiled=graphs_compiled() - graphs)
+            log.phase("evaluation")
+            write_losses(hp, losses, runtime, log)
+        return code
+    except BaseException as error:
+        log.abandon(error)
         raise
-
-
-def train_and_evaluate(
-    hp: Hyperparameters, loader: BatchLoader | None, evaluator: Evaluator, artifact: Path
-) -> int:
-    """Returns the exit code."""
-    runtime, log, code = evaluator.runtime, evaluator.log, 0
-    if loader is not None:
-        checkpoints = artifact.with_name(artifact.name.replace(".int6.xz", ".checkpoints"))
-        trainer = Trainer(build_model(hp, runtime, log), loader, evaluator, checkpoints)
-        trainer.warm_up()
-        log.phase("warm_up")
-        code = trainer.train()
-        log.phase("training")
-        if code == EXIT_CHECKPOINTED:
-            return code
-        evaluator.run("pre_quant_exact", trainer.model, hp.train_seq_len, hp.passes_in_evaluation)
-        log.phase("pre_quant_evaluation")
-        if runtime.is_main:
-            artifact = export(hp, trainer.flat.named(trainer.flat.data), artifact, log)
-        log.phase("export")
-    evaluator.deadline = time.perf_counter() + (hp.eval_wallclock_seconds or math.inf)
-    graphs = graphs_compiled()
-    stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
-    model = build_model(adopt(hp, stored), runtime, log)
-    model.load_state_dict(tensors)
-    evaluate_model(model, evaluator)
-    log.event("evaluated", graphs_compiled=graphs_compiled() - graphs)
-    log.phase("evaluation")
-    if hp.token_losses and runtime.is_main:
-        buffer = io.BytesIO()
-        np.save(buffer, evaluator.losses[:-1].cpu().numpy())
-        write_aside(Path(hp.token_losses), buffer.getvalue())
-    return code
 
 
 def main() -> int:
     """Returns the exit code; see the head of this file."""
-    runtime, began = None, time.perf_counter()
+    runtime, interrupts = None, Interrupts()
+    interrupts.install()
     try:
         hp, sources = read_configuration(os.environ, sys.argv[1:])
         runtime = Runtime.start(hp)
-        code = run(hp, sources, runtime, began)
+        code = run(hp, sources, runtime, interrupts)
         runtime.barrier()  # torchrun ends the others as soon as one leaves with another code than 0
         return code
     except (UserError, FloatingPointError) as error:
