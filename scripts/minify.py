@@ -265,6 +265,8 @@ def main(argv: Sequence[str]) -> int:
     source, output = args.source.resolve(), args.output.resolve()
     if source == output:
         parser.error(f"{source} would be overwritten: name another --output")
+    if output.is_dir():
+        parser.error(f"{output} is a folder: name a file with --output")
     try:
         text = source.read_text(encoding="utf-8")
         code = minify(text)
@@ -273,7 +275,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"{args.output}: {len(shipped):,} bytes (source {len(text.encode()):,})", flush=True)
         if args.verify:
             print(verify(source, output, args.data))
-    except (OSError, SyntaxError, UnicodeDecodeError, Difference) as error:
+    except (SyntaxError, UnicodeDecodeError) as error:
+        print(f"error: {source} is no Python in UTF-8: {error}", file=sys.stderr)
+        return 2
+    except (OSError, Difference) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

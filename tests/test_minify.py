@@ -178,10 +178,13 @@ def test_mistakes_get_a_sentence_and_leave_files_alone(tmp_path, capsys):
     source.write_text("x = 1\n")
     with pytest.raises(SystemExit):
         minify.main([str(source), "-o", str(source)])
+    with pytest.raises(SystemExit):
+        minify.main([str(source), "-o", str(tmp_path)])
     assert source.read_text() == "x = 1\n"
     options = ["-o", str(tmp_path / "out.py"), "--verify", "--data", str(tmp_path / "none")]
     assert minify.main([str(source), *options]) == 2
     message = capsys.readouterr().err
     assert "never closed" in message
     assert "name another --output" in message
+    assert "is a folder" in message
     assert "run scripts/demo.sh" in message
