@@ -75,38 +75,14 @@ class Difference(RuntimeError):
 # ---------------------------------------------------------------------------------- the short code
 
 
-class StripTexts(ast.NodeTransformer):
-    """Removes docstrings, and annotations in functions that have no decorator."""
-
-    keeps_annotations = False
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return self.visit_inside(node, True)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        keeps = bool(node.decorator_list)
-        if not keeps:
+def drop_annotations(tree: ast.Module) -> None:
+    """Drops the annotations of parameters and results, but of functions that have a decorator."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             node.returns = None
             for parameter in ast.walk(node.args):
                 if isinstance(parameter, ast.arg):
                     parameter.annotation = None
-        return self.visit_inside(node, keeps)
-
-    def visit_inside(self, node: ast.AST, keeps_annotations: bool) -> ast.AST:
-        outside, self.keeps_annotations = self.keeps_annotations, keeps_annotations
-        self.generic_visit(node)
-        self.keeps_annotations = outside
-        node.body = node.body or [ast.Pass()]
-        return node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        if self.keeps_annotations or node.value is None:
-            return node
-        return ast.copy_location(ast.Assign([node.target], node.value), node)
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if is_text else node
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
@@ -137,12 +113,12 @@ def kept_names(tree: ast.Module) -> tuple[set[str], set[str]]:
 def minify(source: str) -> str:
     """The same program in fewer bytes. Raises SyntaxError."""
     tree = ast.parse(source)
-    docstring = tree.body[:1] if ast.get_docstring(tree) else []  # --help shows it
-    tree = StripTexts().visit(tree)
-    tree.body[:0] = docstring
+    docstring = ast.get_docstring(tree, clean=False)
+    drop_annotations(tree)
     top, local = kept_names(tree)
     code = python_minifier.minify(
-        ast.unparse(ast.fix_missing_locations(tree)),
+        ast.unparse(tree),
+        remove_literal_statements=True,  # docstrings
         remove_annotations=False,
         rename_globals=True,
         preserve_globals=sorted(top),
@@ -152,7 +128,8 @@ def minify(source: str) -> str:
         # Without the `/` a keyword could no longer have a parameter's name, as keys of the log do.
         convert_posargs_to_args=False,
     )
-    return code + "\n"
+    head = f"{docstring!r}\n" if docstring else ""  # --help shows it
+    return f"{head}{code}\n"
 
 
 # ------------------------------------------------------------------------- the self-extracting form
