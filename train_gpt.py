@@ -13,15 +13,15 @@ text in bits per byte: plain, with sliding windows, and with score-first test-ti
     python train_gpt.py --run-id RUN --resume                    go on from RUN's last checkpoint
 
 Every setting is a flag (--residual-scale-init) and an environment variable (RESIDUAL_SCALE_INIT);
-a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 2 a mistake in
-what was given, 3 diverged, 4 stopped by a signal with a checkpoint, 5 stopped by a signal but
-exported and scored, 128 + N ended at once by signal N.
+a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 1 ended at once
+by a signal, 2 a mistake in what was given, 3 diverged, 4 stopped by a signal with a checkpoint,
+5 stopped by a signal but exported and scored.
 """
 
 # Contents (grep -n '^# [0-9]*\. ' train_gpt.py):
-#   1. Constants      2. Settings       3. Process and log   4. Data       5. Layers   6. Recurrence
-#   7. Model          8. Kernels        9. Optimization     10. Training  11. Compression
-#  12. Evaluation    13. Main
+#   1. Constants     2. Settings         3. Process and log   4. Data       5. Layers
+#   6. Recurrence    7. Model            8. Kernels           9. Optimization
+#  10. Training     11. Compression     12. Evaluation       13. Main
 #
 # Shapes: B batch, T time, D model, H query heads, G kv heads, E head dim, F mlp, V vocabulary,
 # L unique layers, K passes, N bank rows, R ranks. PR n: github.com/openai/parameter-golf/pull/n.
@@ -65,6 +65,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, library, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed: run pip install -r requirements.txt")
 
@@ -78,22 +79,21 @@ except ImportError:  # a torch that is made for CPUs brings none
 # --------------------------------------------------------------------------------------------------
 # 1. Constants
 
-PROGRAM_START = time.perf_counter()
 EXIT_MISTAKE, EXIT_DIVERGED, EXIT_CHECKPOINTED, EXIT_EXPORTED = 2, 3, 4, 5
 # A rank waits this long for one that hangs: longer than rank 0's export takes.
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
-
 # The field's shard format: 256 little-endian int32 header words, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
 
 RMS_EPS = 1e-6
+# cuDNN first: 2.2 ms forward and backward of 48x2048 tokens on an H100, FlashAttention 2 3.6 ms.
+ATTENTION = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's, the largest first
 ADAM_GROUPS = ("table", "projection", "scalar")
 # Quintic Newton-Schulz coefficients of Muon (Jordan et al. 2024). Their slope at 0 is as steep as
 # it can be while singular values stay within about [0.7, 1.2]: speed matters here, exactness not.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Muon's momentum averages a fraction of the run, but never less than this does: in runs of 543
-# steps 0.99 lost 0.04 bpb against 0.95 (records/NOTES.md).
+# Muon's momentum averages a fraction of the run, but never less than this does (records/NOTES.md).
 LEAST_MOMENTUM = 0.85
 
 # GPTQ-lite's clip candidates, as quantiles of a row's |w|; 1.0 does not clip.
@@ -232,35 +232,39 @@ class Hyperparameters:
 
     def rules(self) -> list[tuple[bool, str]]:
         """What settings must keep to together, and what to say if they don't."""
-        T, L, E = self.train_seq_len, self.num_layers, self.model_dim // self.num_heads
-        heads = f"model_dim={self.model_dim}, num_heads={self.num_heads}"
-        heads += f", num_kv_heads={self.num_kv_heads}: each must divide the one before"
-        core = f"core_start={self.core_start}, core_end={self.core_end}: no part of {L} layers"
-        batch = f"train_batch_tokens={self.train_batch_tokens} is no multiple of the window of {T}"
-        batch += f" tokens: use {max(1, self.batch_seqs) * T}"
-        ve_layers, most = self.ve_layer_ids, self.max_passes
-        differ = len(set(ve_layers)) == len(ve_layers) and all(0 <= i < L for i in ve_layers)
-        passes = f"passes_schedule={self.passes_schedule}, num_passes={self.num_passes}: starts"
-        passes += " rise from 0, all steps or all fractions below 1, passes are 1..64"
+        T, L, E, most = self.train_seq_len, self.num_layers, self.head_dim, self.max_passes
+        D, H, G = self.model_dim, self.num_heads, self.num_kv_heads
+        core, batch, ve = (
+            (self.core_start, self.core_end),
+            self.train_batch_tokens,
+            self.ve_layer_ids,
+        )
+        differ = len(set(ve)) == len(ve) and all(0 <= i < L for i in ve)
         endless = self.iterations is None and self.max_wallclock_seconds is None
+        nearest = max(1, batch // T) * T
+        growth = "starts rise from 0, all steps or all fractions below 1, passes are 1..64"
         return [
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
-            (bool(self.run_id) or not self.resume, "resume: name the run that goes on: --run-id"),
-            (self.train_batch_tokens % T == 0, batch),
-            (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T}"),
+            (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
+            (batch % T == 0, f"train_batch_tokens={batch} is no multiple of {T}: use {nearest}"),
+            (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
             (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
             ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
-            (self.core_start < self.core_end <= L, core),
+            (core[0] < core[1] <= L, f"core_start, core_end={core}: no part of the {L} layers"),
             (self.mlp_dim >= 1, f"mlp_mult={self.mlp_mult} leaves no MLP: raise it"),
-            (self.model_dim % self.num_heads == self.num_heads % self.num_kv_heads == 0, heads),
+            (D % H == H % G == 0, f"model_dim={D}, num_heads={H}, num_kv_heads={G} must divide"),
             (self.rope_dims % 2 == 0 and self.rope_dims <= E, f"rope_dims: even and up to {E}"),
             (self.bigram_vocab_size != 1, "bigram_vocab_size: use 0 (off) or at least 2"),
             (self.eval_stride <= T, f"eval_stride: would skip tokens, use at most {T}"),
             (differ, f"ve_layers={self.ve_layers}: use different layers of 0..{L - 1}, or none"),
             (max(self.beta1, self.beta2) < 1, "beta1, beta2: must be below 1"),
-            (1 <= most <= 64, passes),
+            (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {growth}"),
             ((self.eval_passes or 1) <= (64 if most > 1 else 1), "eval_passes: at most 64, or 1"),
         ]
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
 
     @property
     def batch_seqs(self) -> int:
@@ -272,7 +276,7 @@ class Hyperparameters:
 
     @property
     def kv_dim(self) -> int:
-        return self.model_dim // self.num_heads * self.num_kv_heads
+        return self.head_dim * self.num_kv_heads
 
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
@@ -302,17 +306,15 @@ class Hyperparameters:
 @cache
 def parse_growth(text: str) -> tuple[tuple[int | float, int], ...]:
     """(start, passes), ... of a text such as 0.0:1,0.626:2 or 0:1,4500:2; () if it is wrong."""
-    growth = []
     with suppress(ValueError):
-        for item in text.split(","):
-            start, passes = item.split(":")
-            growth.append((float(start) if "." in start else int(start), int(passes)))
+        pairs = [item.split(":") for item in text.split(",")]
+        growth = tuple((float(s) if "." in s else int(s), int(passes)) for s, passes in pairs)
         starts = [start for start, _ in growth]
         rise = starts[0] == 0 and all(a < b for a, b in pairwise(starts))
         alike = len({type(start) for start in starts[1:]}) <= 1
         below = isinstance(starts[-1], int) or starts[-1] < 1
         if rise and alike and below and all(passes >= 1 for _, passes in growth):
-            return tuple(growth)
+            return growth
     return ()
 
 
@@ -323,9 +325,9 @@ def parse_value(kind: Any, text: str) -> Any:
         return None if word in ("", "none") else options[0](text)
     if options:
         return options[options.index(text)]
-    return (
-        {"0": False, "false": False, "1": True, "true": True}[word] if kind is bool else kind(text)
-    )
+    if kind is bool:
+        return {"0": False, "false": False, "1": True, "true": True}[word]
+    return kind(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -368,14 +370,14 @@ def read_configuration(
     Raises UserError with every mistake at once.
     """
     known, unknown = build_parser().parse_known_args(argv)
-    kinds, errors, values = get_type_hints(Hyperparameters), [], {}
+    kinds, errors, values, sources = get_type_hints(Hyperparameters), [], {}, {}
     for word in unknown:
-        near = difflib.get_close_matches(word.strip("-").replace("-", "_"), kinds, 1)
-        hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help"
+        near = difflib.get_close_matches(word, ["--" + n.replace("_", "-") for n in kinds], 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
         errors.append(f"unknown argument {word}: {hint}")
     variables = {name: env[name.upper()] for name in kinds if name.upper() in env}
-    file = read_env_file(known.env) if known.env else {}
-    given, sources = {"flag": vars(known), "env": variables, "file": file}, {}
+    given = {"flag": vars(known), "env": variables}
+    given["file"] = read_env_file(known.env) if known.env else {}
     for name, kind in kinds.items():
         sources[name] = next((s for s in given if name in given[s]), "default")
         raw = given.get(sources[name], {}).get(name)
@@ -418,8 +420,7 @@ class Runtime:
         device, backend, dtype = torch.device("cpu"), "gloo", torch.float32
         if torch.cuda.is_available():
             local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            text = f"nproc_per_node: process {local} has no GPU of its own, {gpus} are visible"
-            require(local < gpus, f"{text}: start at most {gpus} processes a node")
+            require(local < gpus, f"nproc_per_node: only {gpus} GPUs are visible, start as many")
             device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(device)
             if torch.cuda.get_device_capability() >= (8, 0):  # older ones emulate bfloat16
@@ -478,7 +479,7 @@ class Log:
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         """path: None for a process that writes nothing. Raises UserError."""
-        self.path, self.outputs, self.since = path, [], PROGRAM_START
+        self.path, self.outputs, self.since = path, [], time.perf_counter()
         self.has_results = resume  # else the file of a run that fails is removed
         if path is None:
             return
@@ -505,8 +506,7 @@ class Log:
     def progress(self, text: str) -> None:
         """Shows how far the work is in the last line of a terminal; nothing elsewhere."""
         if self.outputs and sys.stdout.isatty():
-            with suppress(OSError):
-                print(f"\r{text}\033[K", end="", flush=True)
+            print(f"\r{text}\033[K", end="", flush=True)
 
     def phase(self, name: str) -> None:
         """Logs the seconds since the last phase ended."""
@@ -661,19 +661,16 @@ class BatchLoader:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.pending: dict[int, Future[Tensor]] = {}
 
-    def start_epoch(self, epoch: int) -> None:
-        rng = np.random.default_rng([self.hp.seed, epoch])
-        self.epoch, self.phase, self.order = epoch, 0, np.arange(self.epoch_windows)
-        if self.hp.shuffle:
-            self.phase = int(rng.integers(self.hp.train_seq_len))
-            rng.shuffle(self.order)
-
     def window(self, index: int) -> np.ndarray:
         """The T+1 tokens of the window at `index` of the endless global order."""
-        epoch, place = divmod(index, self.epoch_windows)
+        T, (epoch, place) = self.hp.train_seq_len, divmod(index, self.epoch_windows)
         if epoch != self.epoch:
-            self.start_epoch(epoch)
-        number, T = int(self.order[place]), self.hp.train_seq_len
+            rng = np.random.default_rng([self.hp.seed, epoch])
+            self.epoch, self.phase, self.order = epoch, 0, np.arange(self.epoch_windows)
+            if self.hp.shuffle:
+                self.phase = int(rng.integers(T))
+                rng.shuffle(self.order)
+        number = int(self.order[place])
         shard = bisect.bisect_right(self.first_window, number) - 1
         start = self.phase + (number - int(self.first_window[shard])) * T
         return self.shards[shard][start : start + T + 1]
@@ -1023,15 +1020,10 @@ class Recurrence(nn.Module):
 # 7. Model: a table of parameters, stem -> core x passes -> tail, tied head
 
 
-class Parameter(NamedTuple):
-    """One row of the table of parameters."""
-
-    shape: tuple[int, ...]
-    group: str  # `muon`, or AdamW's `table`, `projection` or `scalar`
-    start: Callable[[Tensor], Any]  # sets the values at the start, in place
+zero, one = nn.init.zeros_, nn.init.ones_
 
 
-def constant(value: float) -> Callable[[Tensor], Any]:
+def set_to(value: float) -> Callable[[Tensor], Any]:
     return lambda w: w.fill_(value)
 
 
@@ -1044,25 +1036,33 @@ def orthogonal(bank: Tensor) -> None:
         nn.init.orthogonal_(matrix)
 
 
+class Parameter(NamedTuple):
+    """One row of the table of parameters."""
+
+    shape: tuple[int, ...]
+    group: str  # `muon`, or AdamW's `table`, `projection` or `scalar`
+    start: Callable[[Tensor], Any]  # sets the values at the start, in place
+
+
 def recurrence_table(hp: Hyperparameters) -> dict[str, Parameter]:
-    """The recurrence's parameters; passes after the first are later - 1 in number."""
     D, later, rank = hp.model_dim, hp.max_passes - 1, hp.feedback_rank
-    table = {"residual_scale": Parameter((later,), "scalar", constant(hp.residual_scale_init))}
-    if later and hp.feedback_mode != "none":
+    table = {
+        "residual_scale": Parameter((later,), "scalar", set_to(hp.residual_scale_init)),
         # Exactly one factor starts at zero: the correction is 0, U's gradient is not. (With all of
         # them at zero every gradient is zero for ever: the branch would never learn.)
-        table["U"] = Parameter((D, rank), "scalar", constant(0))
-        table["V"] = Parameter((D, rank), "scalar", lambda w: w.normal_().div_(math.sqrt(D)))
-    if later and hp.feedback_mode == "diagonal":
-        rows = later if hp.per_pass_feedback else 1
-        table["d"] = Parameter((rows, D), "scalar", constant(1))
-    return table
+        "U": Parameter((D, rank), "scalar", zero),
+        "V": Parameter((D, rank), "scalar", lambda w: w.normal_().div_(math.sqrt(D))),
+        "d": Parameter((later if hp.per_pass_feedback else 1, D), "scalar", one),
+    }
+    mode = hp.feedback_mode if later else "none"
+    absent = {"none": ("U", "V", "d"), "identity": ("d",), "diagonal": ()}[mode]
+    return {name: row for name, row in table.items() if name not in absent}
 
 
 def model_table(hp: Hyperparameters) -> dict[str, Parameter]:
-    """The other parameters: orthogonal inputs and zero outputs, every block starts as identity."""
+    """Orthogonal inputs and zero outputs: every block starts as the identity."""
     L, D, F, V, width = hp.num_layers, hp.model_dim, hp.mlp_dim, hp.vocab_size, hp.kv_dim
-    one, zero, skips = constant(1), constant(0), min(hp.core_start, L - hp.core_end)
+    skips, pairs, rank = min(hp.core_start, L - hp.core_end), hp.bigram_vocab_size, hp.bigram_dim
     table = {
         # Queries, then outputs; keys, then values.
         "qo_bank": Parameter((2 * L, D, D), "muon", lambda w: orthogonal(w.zero_()[:L])),
@@ -1074,21 +1074,20 @@ def model_table(hp: Hyperparameters) -> dict[str, Parameter]:
         "resid_mix": Parameter((L, 2, D), "scalar", lambda w: w.zero_()[:, 0].fill_(1)),
         "attn_scale": Parameter((L, D), "scalar", one),
         "mlp_scale": Parameter((L, D), "scalar", one),
-        "q_gain": Parameter((L, hp.num_heads), "scalar", constant(hp.qk_gain_init)),
+        "q_gain": Parameter((L, hp.num_heads), "scalar", set_to(hp.qk_gain_init)),
         "skip_weight": Parameter((skips, D), "scalar", one),
+        # One factor of the bigrams at zero, not both: rows of unseen pairs stay silent.
+        "bigram_table": Parameter((pairs, rank), "table", zero),
+        "bigram_proj": Parameter((D, rank), "projection", normal(rank**-0.5)),
+        "bigram_scale": Parameter((), "scalar", set_to(0.05)),
+        "ve_table": Parameter((V, hp.ve_dim), "table", normal(0.01)),
+        "ve_proj": Parameter((width, hp.ve_dim), "projection", zero),
+        "ve_scale": Parameter((), "scalar", set_to(0.1)),
+        "ve_layer_scale": Parameter((len(hp.ve_layer_ids),), "scalar", one),
     }
-    if rows := hp.bigram_vocab_size:
-        # One factor at zero, not both: rows of pairs that were never seen stay silent.
-        rank = hp.bigram_dim
-        table["bigram_table"] = Parameter((rows, rank), "table", zero)
-        table["bigram_proj"] = Parameter((D, rank), "projection", normal(rank**-0.5))
-        table["bigram_scale"] = Parameter((), "scalar", constant(0.05))
-    if hp.ve_layer_ids:
-        table["ve_table"] = Parameter((V, hp.ve_dim), "table", normal(0.01))
-        table["ve_proj"] = Parameter((width, hp.ve_dim), "projection", zero)
-        table["ve_scale"] = Parameter((), "scalar", constant(0.1))
-        table["ve_layer_scale"] = Parameter((len(hp.ve_layer_ids),), "scalar", one)
-    return table
+    absent = () if pairs else ("bigram_",)
+    absent += () if hp.ve_layer_ids else ("ve_",)
+    return {name: row for name, row in table.items() if not name.startswith(absent)}
 
 
 def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
@@ -1100,9 +1099,8 @@ def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
 @torch.no_grad()
 def create_parameters(module: nn.Module, table: Mapping[str, Parameter]) -> None:
     for name, row in table.items():
-        parameter = nn.Parameter(torch.empty(row.shape))
-        row.start(parameter)
-        module.register_parameter(name, parameter)
+        module.register_parameter(name, nn.Parameter(torch.empty(row.shape)))
+        row.start(module.get_parameter(name))
 
 
 class GPT(nn.Module):
@@ -1192,7 +1190,6 @@ class GPT(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # 8. Kernels: the fused MLP of Hopper GPUs (not needed to understand the method)
-
 if triton is not None:
 
     @triton.jit
@@ -1472,34 +1469,20 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-class Standing(NamedTuple):
-    """What all ranks know of rank 0's clock, and of any rank's signals, as a step begins."""
-
-    progress: float
-    over: float
-    checkpoint_due: float
-    signals: float
-
-
 class Clock:
-    """The run's progress and stops, decided once and followed by all ranks at the same step.
+    """The run's progress and stops: what rank 0 and any rank's signals decide, all follow.
 
-    What rank 0 knows when a step begins is shared while that step runs and used for the next, so
-    that no host waits for another. The time at which the next step will begin and end is
-    extrapolated: training stops before a step that would end after the cap, were it as slow as the
-    slowest of the last ones. Any rank's signal stops all.
+    A GPU's queue holds one step more than it works on, so a step begins one step later than the
+    host says. Training stops before a step that would end after the cap, were it as slow as the
+    slowest of the last ones.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        hp, self.trainer = trainer.hp, trainer
-        self.ahead = (
-            2 if trainer.runtime.device.type == "cuda" else 1
-        )  # steps until the next starts
-        self.cap = hp.max_wallclock_seconds or math.inf
-        self.recent, self.work = deque([0.0], maxlen=16), None  # seconds of the last steps
-        progress, over = trainer.average.last_progress, float(trainer.elapsed >= self.cap)
-        self.shared = torch.tensor(Standing(progress, over, 0, 0), dtype=torch.float64)
-        trainer.runtime.barrier()
+        self.hp, self.runtime, self.interrupts = trainer.hp, trainer.runtime, trainer.interrupts
+        self.queued = int(trainer.runtime.device.type == "cuda")  # steps
+        self.cap, self.last_progress = self.hp.max_wallclock_seconds or math.inf, 0.0
+        self.recent = deque([0.0], maxlen=16)  # seconds of the last steps
+        self.runtime.barrier()
         self.last = self.last_checkpoint = time.perf_counter()
         self.started = self.last - trainer.elapsed
 
@@ -1510,31 +1493,22 @@ class Clock:
         """Takes a pause out of the run's time."""
         self.started, self.last = self.started + seconds, self.last + seconds
 
-    def receive(self, step: int) -> Standing:
-        """Where the run stands as `step` begins; from a progress of 1 on there is no step."""
-        if self.work is not None:
-            self.work.wait()
-        now, total = Standing(*self.shared.tolist()), self.trainer.hp.iterations
-        by_steps = 0.0 if total is None else step / total if total else 1.0
-        ends = now.over or now.signals
-        return now._replace(progress=1.0 if ends else max(now.progress, by_steps))
-
-    def send(self) -> None:
-        """Starts to tell all ranks where rank 0's clock will stand when the next step begins."""
-        now, runtime = time.perf_counter(), self.trainer.runtime
+    def read(self, step: int) -> tuple[float, bool]:
+        """The run's progress as `step` begins, 1 if there is none; whether a checkpoint is due."""
+        now, total = time.perf_counter(), self.hp.iterations
         step_seconds, self.last = now - self.last, now
-        begin = self.elapsed() + self.ahead * step_seconds
         self.recent.append(step_seconds)
-        every = self.trainer.hp.checkpoint_seconds or math.inf
+        begin = self.elapsed() + self.queued * step_seconds
+        over = begin >= self.cap or begin + max(self.recent) > self.cap
+        every = self.hp.checkpoint_seconds or math.inf
         due = now - self.last_checkpoint >= every and self.cap - begin >= every  # none at the end
+        facts = [float(fact) * self.runtime.is_main for fact in (begin / self.cap, over, due)]
+        facts.append(self.interrupts.noted)
+        by_time, over, due, signals = self.runtime.sum_(torch.tensor(facts).double()).tolist()
         self.last_checkpoint = now if due else self.last_checkpoint
-        progress = max(float(self.shared[0]), min(begin / self.cap, 1.0))  # it never goes back
-        over = begin + max(self.recent) > self.cap
-        facts = [float(fact) * runtime.is_main for fact in (progress, over, due)]
-        facts.append(self.trainer.interrupts.noted)
-        self.shared = torch.tensor(facts, dtype=torch.float64)
-        if runtime.world_size > 1:
-            self.work = dist.all_reduce(self.shared, async_op=True)
+        by_steps = 0.0 if total is None else step / total if total else 1.0
+        self.last_progress = max(self.last_progress, min(by_time, 1.0), by_steps)  # never back
+        return 1.0 if over or signals else self.last_progress, due > 0
 
     def fields(self, step: int) -> dict[str, str]:
         """The run's time for the log."""
@@ -1612,33 +1586,46 @@ class Trainer:
         """Trains to the run's end, or to `until` of its progress; whether a signal ended it."""
         hp, log, clock, graphs = self.hp, self.log, Clock(self), graphs_compiled()
         log.has_results = True
-        while (now := clock.receive(self.step)).progress < until:
-            clock.send()
-            if now.checkpoint_due:
+        while True:
+            progress, checkpoint_due = clock.read(self.step)
+            if progress >= until:
+                break
+            if checkpoint_due:
                 self.elapsed = clock.elapsed()
                 save_checkpoint(self, checkpoints)
                 clock.last = time.perf_counter()  # the next step will not be as long
-            sums, norm = self.take_step(now.progress)
+            sums, norm = self.take_step(progress)
             if self.step % hp.train_log_every == 0 or self.step in (1, 10):
                 self.log_step(sums, norm, clock)
             if hp.val_loss_every and self.step % hp.val_loss_every == 0:
-                self.validate(evaluator, clock)
-            log.progress(f"{now.progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
+                self.runtime.barrier()
+                since, passes = time.perf_counter(), self.plan.num_passes
+                evaluator.run("validation", self.model, hp.train_seq_len, passes, step=self.step)
+                clock.exclude(time.perf_counter() - since)
+            log.progress(f"{progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
         self.check_norm(None)
         self.runtime.barrier()
         self.elapsed, interrupted = clock.elapsed(), self.runtime.largest(self.interrupts.noted) > 0
-        on_gpu = self.runtime.device.type == "cuda"
-        facts = {"graphs_compiled_after_start": graphs_compiled() - graphs}
+        on_gpu, late = self.runtime.device.type == "cuda", graphs_compiled() - graphs
+        facts = {"graphs_compiled_after_start": late, "interrupted": int(interrupted)}
         facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
-        facts["interrupted"] = int(interrupted)
         log.event("stop", step=self.step, **clock.fields(self.step), **facts)
         return interrupted
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor]:
         """One optimizer update; returns what `accumulate` does, and the gradient's norm."""
-        before, self.plan = self.plan, plan_step(self.hp, self.step, progress)
-        self.announce(before, progress)
-        plan, floor = self.plan, None
+        before, plan = self.plan, plan_step(self.hp, self.step, progress)
+        self.plan, at = plan, {"step": self.step, "progress": progress}
+        if before is None or plan.num_passes != before.num_passes:
+            self.phase_start = self.step
+            self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
+        if plan.swa and not (before and before.swa) and self.average.swa is not None:
+            self.log.event("swa", **at)
+        if plan.qat and self.floor_index is None:
+            guess = estimate_floor_index(self.flat.named(self.flat.data), model_limit(self.hp))
+            self.floor_index = index = self.runtime.from_main(guess)
+            self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
+        floor = None
         if plan.qat:
             floor = torch.full((), floor_value(self.floor_index), device=self.runtime.device)
         sums = self.accumulate(self.data.loader.batch(self.step), plan.num_passes, floor)
@@ -1653,38 +1640,20 @@ class Trainer:
     def check_norm(self, norm: Tensor | None) -> None:
         """Raises FloatingPointError if the gradient's norm of the step before is not finite.
 
-        It waits for that step and no longer: the host is two steps ahead of a GPU at most, and the
-        GPU never waits for it.
+        It waits for that step: the host is never further ahead, and the GPU never waits for it.
         """
         if self.norm_before is not None:
             value, event = self.norm_before
             if event is not None:
                 event.synchronize()
             if not math.isfinite(value):
-                text = (
-                    f"step {self.step - (norm is not None)}: the gradient's norm is {value.item()}"
-                )
+                text = f"step {self.step}: the gradient's norm became {value.item()}"
                 raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
         self.norm_before = None
         if norm is not None:
             copied = norm.detach().to("cpu", non_blocking=True)
-            event = torch.cuda.Event() if norm.is_cuda else None
-            if event is not None:
-                event.record()
+            event = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.norm_before = (copied, event)
-
-    def announce(self, before: StepPlan | None, progress: float) -> None:
-        """Logs what this step is the first to do, and fixes QAT's floor when QAT begins."""
-        hp, plan, at = self.hp, self.plan, {"step": self.step, "progress": progress}
-        if before is None or plan.num_passes != before.num_passes:
-            self.phase_start = self.step
-            self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
-        if plan.swa and not (before and before.swa) and "swa" in hp.weight_average:
-            self.log.event("swa", **at)
-        if plan.qat and self.floor_index is None:
-            guess = estimate_floor_index(self.flat.named(self.flat.data), model_limit(hp))
-            self.floor_index = index = self.runtime.from_main(guess)
-            self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
 
     def log_step(self, sums: Tensor, norm: Tensor, clock: Clock) -> None:
         hp, plan, step = self.hp, self.plan, self.step
@@ -1699,22 +1668,14 @@ class Trainer:
         facts["residual_scale"] = self.model.recurrence.residual_scale.tolist()
         self.log.event(**facts, **clock.fields(step))
 
-    def validate(self, evaluator: Evaluator, clock: Clock) -> None:
-        """Scores the validation text as it is now, outside the run's time."""
-        self.runtime.barrier()
-        since, passes = time.perf_counter(), self.plan.num_passes
-        evaluator.run("validation", self.model, self.hp.train_seq_len, passes, step=self.step)
-        clock.exclude(time.perf_counter() - since)
-
     def average_weights(self) -> int:
-        """Puts the averaged weights into the model; returns the passes to score them with: those
-        that are set, or else those that training reached."""
-        hp, average, reached = self.hp, self.average, self.hp.growth[0][1]
-        self.log.event("weight_average", kind=hp.weight_average, swa_samples=average.samples)
+        """Puts the averaged weights into the model; the passes to score them with: those that are
+        set, or else those that training reached."""
+        average, reached = self.average, self.plan or plan_step(self.hp, 0, 0.0)
+        self.log.event("weight_average", kind=self.hp.weight_average, swa_samples=average.samples)
         self.flat.data.copy_(average.result())
-        if self.plan:
-            reached = self.plan.num_passes
-        passes, steps = hp.eval_passes or reached, self.step - self.phase_start
+        passes, reached = self.hp.eval_passes or reached.num_passes, reached.num_passes
+        steps = self.step - self.phase_start
         if passes > reached:
             text = f"scored with {passes} passes, training reached {reached}"
             self.log.event("warning", text=text)
@@ -2122,8 +2083,9 @@ class Evaluator:
         """
         hp, flat, since = self.hp, FlatParameters(model), time.perf_counter()
         sgd = torch.optim.SGD([flat.whole(slice(None))], hp.ttt_lr, hp.ttt_momentum)
-        starts, budget = range(0, self.num_targets, hp.ttt_chunk_tokens), Budget(self, deadline)
+        starts = range(0, self.num_targets, hp.ttt_chunk_tokens)
         losses = torch.zeros(self.num_targets, device=self.tokens.device)
+        mark, scoring, training, trained = since, 0.0, 0.0, 0
         for i, first in enumerate(starts):
             chunk = range(first, min(first + hp.ttt_chunk_tokens, self.num_targets))
             losses[first : chunk.stop] = self.score(model, chunk, hp.eval_stride, passes)
@@ -2131,15 +2093,30 @@ class Evaluator:
                 bpb, at = self.bits_per_byte(losses[: chunk.stop]), f"{i + 1}/{len(starts)}"
                 seconds = f"{time.perf_counter() - since:.1f}s"
                 self.log.event("ttt_chunk", chunk=at, val_bpb=bpb, time=seconds)
-            epochs = budget.epochs(len(starts) - i - 1)
+            mark, scoring = self.lap(mark, scoring)
+            # Before the first epoch: scoring a stride costs a window, training on it thrice that.
+            epoch = (
+                training / trained if trained else scoring * 3 * hp.eval_stride / hp.train_seq_len
+            )
+            left = len(starts) - i - 1
+            spare = 0.95 * (deadline - mark - left * scoring / (i + 1))
+            epochs = int(min(max(spare / max(left * epoch, 1e-9), 0), hp.ttt_epochs)) if left else 0
+            epochs = self.runtime.from_main(epochs)
             cosine = 0.5 * (1 + math.cos(math.pi * i / max(1, len(starts) - 1)))
             sgd.param_groups[0]["lr"] = hp.ttt_lr * cosine
             self.train_on(model, flat, sgd, chunk, passes, epochs)
-            budget.trained(epochs)
+            mark, training = self.lap(mark, training)
+            trained += epochs
             self.log.progress(f"legal_ttt {i + 1}/{len(starts)} chunks")
-        epochs = f"{budget.epochs_done}/{hp.ttt_epochs * (len(starts) - 1)}"
+        epochs = f"{trained}/{hp.ttt_epochs * (len(starts) - 1)}"
         self.report("legal_ttt_exact", losses, since, passes=passes, epochs=epochs)
         return losses
+
+    def lap(self, mark: float, spent: float) -> tuple[float, float]:
+        """Now, and `spent` with the seconds since `mark`, the devices' work included."""
+        self.runtime.barrier()
+        now = time.perf_counter()
+        return now, spent + now - mark
 
     def train_on(
         self, model: GPT, flat: FlatParameters, sgd: Any, targets: range, passes: int, epochs: int
@@ -2158,36 +2135,6 @@ class Evaluator:
             flat.grad.mul_((hp.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
             sgd.step()
             flat.grad.zero_()
-
-
-class Budget:
-    """The epochs of test-time training that the time until `deadline` allows on each chunk."""
-
-    def __init__(self, evaluator: Evaluator, deadline: float) -> None:
-        self.hp, self.runtime, self.deadline = evaluator.hp, evaluator.runtime, deadline
-        self.scoring, self.training, self.chunks, self.epochs_done = 0.0, 0.0, 0, 0
-        self.mark = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, the devices' work included."""
-        self.runtime.barrier()
-        before, self.mark = self.mark, time.perf_counter()
-        return self.mark - before
-
-    def epochs(self, left: int) -> int:
-        """Epochs on the chunk that was just scored, if `left` more are to be; rank 0 decides."""
-        self.scoring, self.chunks = self.scoring + self.lap(), self.chunks + 1
-        scoring = self.scoring / self.chunks
-        # Before the first: a stride is scored at the cost of a window, training costs thrice that.
-        epoch = 3 * scoring * self.hp.eval_stride / self.hp.train_seq_len
-        if self.epochs_done:
-            epoch = self.training / self.epochs_done
-        spare = 0.95 * (self.deadline - self.mark - left * scoring)
-        epochs = min(max(spare / max(left * epoch, 1e-9), 0), self.hp.ttt_epochs)
-        return self.runtime.from_main(int(epochs) if left else 0)
-
-    def trained(self, epochs: int) -> None:
-        self.training, self.epochs_done = self.training + self.lap(), self.epochs_done + epochs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2408,7 +2355,8 @@ def main() -> int:
     try:
         hp, sources = read_configuration(os.environ, sys.argv[1:])
         runtime = Runtime.start(hp)
-        code = run(hp, sources, runtime, interrupts)
+        with sdpa_kernel([getattr(SDPBackend, name) for name in ATTENTION], set_priority=True):
+            code = run(hp, sources, runtime, interrupts)
         runtime.barrier()  # torchrun ends the others as soon as one leaves with another code than 0
         return code
     except (UserError, FloatingPointError) as error:
