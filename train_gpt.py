@@ -233,24 +233,19 @@ class Hyperparameters:
     def rules(self) -> list[tuple[bool, str]]:
         """What settings must keep to together, and what to say if they don't."""
         T, L, E, most = self.train_seq_len, self.num_layers, self.head_dim, self.max_passes
-        D, H, G = self.model_dim, self.num_heads, self.num_kv_heads
-        core, batch, ve = (
-            (self.core_start, self.core_end),
-            self.train_batch_tokens,
-            self.ve_layer_ids,
-        )
+        D, H, G, batch = self.model_dim, self.num_heads, self.num_kv_heads, self.train_batch_tokens
+        start, end, ve = self.core_start, self.core_end, self.ve_layer_ids
         differ = len(set(ve)) == len(ve) and all(0 <= i < L for i in ve)
         endless = self.iterations is None and self.max_wallclock_seconds is None
-        nearest = max(1, batch // T) * T
         growth = "starts rise from 0, all steps or all fractions below 1, passes are 1..64"
         return [
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
             (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
-            (batch % T == 0, f"train_batch_tokens={batch} is no multiple of {T}: use {nearest}"),
+            (batch % T == 0, f"train_batch_tokens={batch}: use a multiple of the window of {T}"),
             (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
             (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
             ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
-            (core[0] < core[1] <= L, f"core_start, core_end={core}: no part of the {L} layers"),
+            (start < end <= L, f"core_start={start}, core_end={end}: no part of the {L} layers"),
             (self.mlp_dim >= 1, f"mlp_mult={self.mlp_mult} leaves no MLP: raise it"),
             (D % H == H % G == 0, f"model_dim={D}, num_heads={H}, num_kv_heads={G} must divide"),
             (self.rope_dims % 2 == 0 and self.rope_dims <= E, f"rope_dims: even and up to {E}"),
@@ -312,22 +307,19 @@ def parse_growth(text: str) -> tuple[tuple[int | float, int], ...]:
         starts = [start for start, _ in growth]
         rise = starts[0] == 0 and all(a < b for a, b in pairwise(starts))
         alike = len({type(start) for start in starts[1:]}) <= 1
-        below = isinstance(starts[-1], int) or starts[-1] < 1
-        if rise and alike and below and all(passes >= 1 for _, passes in growth):
-            return growth
+        if rise and alike and (isinstance(starts[-1], int) or starts[-1] < 1):
+            return growth if min(passes for _, passes in growth) >= 1 else ()
     return ()
 
 
 def parse_value(kind: Any, text: str) -> Any:
     """The text of a flag or variable as the annotated type. Raises ValueError or KeyError."""
     options, word = get_args(kind), text.strip().lower()
-    if type(None) in options:
-        return None if word in ("", "none") else options[0](text)
-    if options:
-        return options[options.index(text)]
     if kind is bool:
         return {"0": False, "false": False, "1": True, "true": True}[word]
-    return kind(text)
+    if type(None) in options:
+        return None if word in ("", "none") else options[0](text)
+    return options[options.index(text)] if options else kind(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -337,26 +329,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train_gpt.py", usage, title, rest, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--env", metavar="FILE", help="a file of lines NAME=VALUE")
-    add = parser.add_argument
+    group = parser
     for f in fields(Hyperparameters):
         if f.metadata["group"]:
-            add = parser.add_argument_group(f.metadata["group"]).add_argument
-        style = {"metavar": f.type}
+            group = parser.add_argument_group(f.metadata["group"])
+        style = {"metavar": f.type, "default": argparse.SUPPRESS}
         if f.type == "bool":
-            style = {"action": argparse.BooleanOptionalAction}
+            style = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
         text = f"{f.metadata['text']} [{f.name.upper()}={f.default}]"
-        add("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **style)
+        group.add_argument("--" + f.name.replace("_", "-"), help=text, **style)
     return parser
 
 
 def read_env_file(path: str) -> dict[str, str]:
     """The settings of a file of lines NAME=VALUE; `#` opens a comment line. Raises UserError."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"env={path} cannot be read ({error}): name a text file") from None
-    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
-    settings = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    pairs = [line.split("=", 1) for line in lines if "=" in line and line[0] != "#"]
+    settings = {name.strip().lower(): value.strip() for name, value in pairs}
     unknown = settings.keys() - {f.name for f in fields(Hyperparameters)}
     require(not unknown, f"env={path} has no settings {', '.join(unknown)}: see --help")
     return settings
@@ -367,8 +359,7 @@ def read_configuration(
 ) -> tuple[Hyperparameters, dict[str, str]]:
     """Settings from defaults, --env's file, `env`, then `argv`; and the source of each.
 
-    Raises UserError with every mistake at once.
-    """
+    Raises UserError with every mistake at once."""
     known, unknown = build_parser().parse_known_args(argv)
     kinds, errors, values, sources = get_type_hints(Hyperparameters), [], {}, {}
     for word in unknown:
@@ -442,13 +433,6 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
-    def largest(self, value: int) -> int:
-        """The largest of every rank's `value`."""
-        box = torch.tensor(value)
-        if self.world_size > 1:
-            dist.all_reduce(box, dist.ReduceOp.MAX)
-        return int(box)
-
     def barrier(self) -> None:
         """Returns once every rank's device has done all that it was given before."""
         self.sum_(torch.zeros(1, device=self.device)).item()
@@ -496,7 +480,7 @@ class Log:
         self.outputs = [sys.stdout, file]
 
     def event(self, name: str = "", /, **pairs: Any) -> None:
-        """One line; `name` is empty for the lines of single steps, as is the field's custom."""
+        """One line; `name` is empty for the lines of single steps, as in the field."""
         line = " ".join(filter(None, [name, *(f"{k}:{log_text(v)}" for k, v in pairs.items())]))
         for output in self.outputs:
             with suppress(OSError):  # a full disk must not end a run that is worth its GPUs
@@ -566,10 +550,9 @@ def open_data_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map of uint16. Raises UserError."""
     size, start = path.stat().st_size, 4 * SHARD_HEADER_WORDS
     head = np.fromfile(path, dtype="<i4", count=3).tolist()
-    whole = size > start and head == [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
-    text = f"data shard {path} of {size} bytes begins with {head} instead of"
-    right = f"{[SHARD_MAGIC, SHARD_VERSION]} and the count of its tokens"
-    require(whole, f"{text} {right}: download or prepare it again")
+    right = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
+    text = f"data shard {path} begins with {head}, not with {right}: download or prepare it again"
+    require(size > start and head == right, text)
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(head[2],))
 
 
@@ -603,18 +586,16 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
 
 
 def check_tokenizer(hp: Hyperparameters, pieces: int, largest: int) -> None:
-    """Raises UserError if the shards' largest token or their manifest speak of another tokenizer.
-
-    data/prepare_text.py writes the manifest; the field's own names no hash.
-    """
-    path, manifest, named = find_tokenizer(hp), Path(hp.data_path) / "manifest.json", None
-    remedy = "use the tokenizer that the shards were made with"
+    """Raises UserError if the shards' largest token or the manifest beside them, which
+    data/prepare_text.py writes, speak of another tokenizer."""
+    path, named = find_tokenizer(hp), None
     text = f"tokenizer_path={path} has {pieces} pieces, the shards' largest token is {largest}"
-    require(pieces / 2 <= largest < pieces, f"{text}: {remedy}")
+    require(pieces / 2 <= largest < pieces, f"{text}: use the tokenizer of the shards")
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        named = json.loads(manifest.read_bytes())["tokenizer"]["sha256"]
+        manifest = json.loads((Path(hp.data_path) / "manifest.json").read_bytes())
+        named = manifest["tokenizer"]["sha256"]
     same = named in (None, hashlib.sha256(path.read_bytes()).hexdigest())
-    require(same, f"tokenizer_path={path} is not the one that {manifest} names: {remedy}")
+    require(same, f"tokenizer_path={path} is not the one that manifest.json names: use that one")
 
 
 class TokenBytes:
@@ -622,8 +603,7 @@ class TokenBytes:
 
     A byte-fallback piece is 1 byte; another piece its UTF-8 length without a leading `▁`, plus 1
     for that `▁` unless the token before it is a boundary (control, unknown or unused); a
-    boundary token is 0 bytes.
-    """
+    boundary token is 0 bytes."""
 
     def __init__(self, tokenizer: spm.SentencePieceProcessor, device: torch.device) -> None:
         rows = []
@@ -646,8 +626,7 @@ class BatchLoader:
     The order of an epoch is a permutation of the windows of all shards; each epoch cuts the
     shards at another phase, so that a repeated text is at least cut elsewhere. Step s takes the
     next `batch_seqs` windows of the order and a rank its share of them, so every world size
-    trains on the same global batches, and no window repeats before all were used.
-    """
+    trains on the same global batches, and no window repeats before all were used."""
 
     def __init__(self, shards: Sequence[np.ndarray], hp: Hyperparameters, runtime: Runtime) -> None:
         self.shards, self.hp, self.runtime = shards, hp, runtime
@@ -702,8 +681,7 @@ class Data(NamedTuple):
 def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, Data]:
     """Opens and checks all data before anything expensive; the settings get the vocabulary's size.
 
-    Raises UserError.
-    """
+    Raises UserError."""
     tokenizer, largest, facts, loader = load_tokenizer(find_tokenizer(hp)), 0, [], None
     pieces, T = tokenizer.vocab_size(), hp.train_seq_len
     hp = replace(hp, vocab_size=hp.vocab_size or pieces)
@@ -712,13 +690,13 @@ def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, D
     for split in ("val",) if hp.evaluate else ("train", "val"):
         paths = find_data_shards(Path(hp.data_path), split)
         shards = [open_data_shard(path) for path in paths]
-        mine = shards[runtime.rank :: runtime.world_size]
-        largest = max([largest, *(int(shard.max()) for shard in mine)])
+        mine = shards[runtime.rank % len(shards) :: runtime.world_size]  # ranks share the reading
+        largest = max(largest, *(int(shard.max()) for shard in mine))
         counts = {"shards": len(shards), "tokens": sum(map(len, shards))}
         facts.append({"split": split, **counts, "fingerprint": data_fingerprint(paths)})
         if split == "train":
             loader = BatchLoader(shards, hp, runtime)
-    check_tokenizer(hp, pieces, runtime.largest(largest))
+    check_tokenizer(hp, pieces, largest)
     tokens = np.concatenate(shards)
     text = f"data_path: {len(tokens)} validation tokens are not more than a window of {T}"
     require(len(tokens) > T, f"{text}: prepare more text or lower train_seq_len")
@@ -735,8 +713,7 @@ Scaled = tuple[Tensor, Tensor]  # what is added to a stream, and the weight that
 def region(function: Callable) -> Callable:
     """Compiles `function` as one graph, unless the process is set to run eagerly.
 
-    The compilation is made at the first call and shared by all models of the process.
-    """
+    The compilation is made at the first call and shared by all models of the process."""
     compiled = cache(partial(torch.compile, function, dynamic=False, fullgraph=True))
     return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
@@ -751,8 +728,7 @@ class Layer(NamedTuple):
     """The weights of one unique layer in the compute dtype, all scales folded into the matrices.
 
     What multiplies a matrix costs nothing; what multiplies its (B, T, D) output costs three
-    passes over it: folding took 2% off a step on an H100.
-    """
+    passes over it: folding took 2% off a step on an H100."""
 
     qkv: Tensor  # (D + 2 G*E, D), times 1/sqrt(i+1)
     out: Tensor  # (D, D), times attn_scale
@@ -770,8 +746,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
     """cos and signed sin (T, E) of partial RoPE (Su et al. 2021; PR 315), NTK-scaled beyond 1,024.
 
-    sin is negated in the first half of the dims that turn; the others have cos 1 and sin 0.
-    """
+    sin is negated in the first half of the dims that turn; the others have cos 1 and sin 0."""
     length, dims = hp.train_seq_len, hp.rope_dims
     stretch = max(1.0, length / 1024) ** (dims / max(1, dims - 2))
     frequency = (hp.rope_base * stretch) ** -(torch.arange(0, dims, 2).float() / max(1, dims))
@@ -784,8 +759,7 @@ def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     """Turns the first 2*half dims of each head of x (B, T, H, E), i with i+half, by its position.
 
-    By exchanged halves times a signed sine, so that norm, turn and gain compile to one kernel.
-    """
+    By exchanged halves times a signed sine, so that norm, turn and gain compile to one kernel."""
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
     return x * cos + torch.cat([b, a, rest], dim=-1) * sin
@@ -796,8 +770,7 @@ class Heads(torch.autograd.Function):
 
     Norms of q and k: Henry et al. 2020 (QK-norm). The backward is written out, for with
     u = rot' dq the gradients of norm and gain need one and the same sum, u'n; autograd's own moves
-    more memory.
-    """
+    more memory."""
 
     @staticmethod
     def forward(
@@ -846,8 +819,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 def attention(x: Tensor, layer: Layer, value: Scaled | None, rope: Rope) -> Tensor:
     """Causal grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D).
 
-    value: value embeddings (B, T, G*E) and their scale.
-    """
+    value: value embeddings (B, T, G*E) and their scale."""
     x = F.linear(x, layer.qkv).unflatten(-1, (-1, layer.out.size(0) // layer.q_gain.numel()))
     q, k, v = Heads.apply(x, layer.q_gain, *rope)
     if value is not None:
@@ -980,8 +952,7 @@ class Recurrence(nn.Module):
     Pass 0 is the plain core, a_0 = 1 and c_0 = 0, so that a model grows without a jump in it.
     The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 is taken of each sequence and averaged
     (not of the whole batch), so that it does not depend on how the batch is cut among ranks.
-    Source: PR 1230.
-    """
+    Source: PR 1230."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
@@ -989,26 +960,18 @@ class Recurrence(nn.Module):
         self.later = hp.max_passes - 1  # passes after the first
         create_parameters(self, recurrence_table(hp))
 
-    def feedback(self, h: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
-        """The correction c_k, if there is one, and z_k = h_k + c_k."""
-        if self.hp.feedback_mode == "none":
-            return None, h
-        d = None
-        if self.hp.feedback_mode == "diagonal":
-            d = self.d[min(k, len(self.d)) - 1]
-        return error_feedback(h, self.U, self.V, d)
-
     def forward(
         self, h: Tensor, core: Callable[[Tensor], Tensor], num_passes: int
     ) -> tuple[Tensor, Stability]:
         """h_0 (B, T, D) -> h_K. A pass beyond those of training uses the last scale and d."""
-        measures = []
+        mode, measures = self.hp.feedback_mode, []
         for k in range(num_passes):
             if k == 0:
                 c, h_next = None, core(h)
             else:
                 h = rms_norm(h) if self.hp.interpass_rmsnorm else h
-                c, z = self.feedback(h, k)
+                d = self.d[min(k, len(self.d)) - 1] if mode == "diagonal" else None
+                c, z = error_feedback(h, self.U, self.V, d) if mode != "none" else (None, h)
                 h_next = advance(h, z, core(z), self.residual_scale[min(k, self.later) - 1])
             measures.append(measure(h, h_next, c))
             h = h_next
@@ -1020,20 +983,16 @@ class Recurrence(nn.Module):
 # 7. Model: a table of parameters, stem -> core x passes -> tail, tied head
 
 
-zero, one = nn.init.zeros_, nn.init.ones_
-
-
-def set_to(value: float) -> Callable[[Tensor], Any]:
-    return lambda w: w.fill_(value)
-
-
-def normal(std: float) -> Callable[[Tensor], Any]:
-    return lambda w: w.normal_(std=std)
+zero, one, normal = nn.init.zeros_, nn.init.ones_, partial(partial, nn.init.normal_)
 
 
 def orthogonal(bank: Tensor) -> None:
     for matrix in bank:
         nn.init.orthogonal_(matrix)
+
+
+def set_to(value: float) -> Callable[[Tensor], Any]:
+    return partial(nn.init.constant_, val=value)
 
 
 class Parameter(NamedTuple):
@@ -1069,7 +1028,7 @@ def model_table(hp: Hyperparameters) -> dict[str, Parameter]:
         "kv_bank": Parameter((2 * L, width, D), "muon", orthogonal),
         "mlp_up_bank": Parameter((L, F, D), "muon", orthogonal),
         "mlp_down_bank": Parameter((L, D, F), "muon", zero),
-        "tok_emb": Parameter((V, D), "table", normal(hp.tied_embed_init_std)),
+        "tok_emb": Parameter((V, D), "table", normal(std=hp.tied_embed_init_std)),
         "smear_gate": Parameter((D,), "scalar", zero),
         "resid_mix": Parameter((L, 2, D), "scalar", lambda w: w.zero_()[:, 0].fill_(1)),
         "attn_scale": Parameter((L, D), "scalar", one),
@@ -1078,9 +1037,9 @@ def model_table(hp: Hyperparameters) -> dict[str, Parameter]:
         "skip_weight": Parameter((skips, D), "scalar", one),
         # One factor of the bigrams at zero, not both: rows of unseen pairs stay silent.
         "bigram_table": Parameter((pairs, rank), "table", zero),
-        "bigram_proj": Parameter((D, rank), "projection", normal(rank**-0.5)),
+        "bigram_proj": Parameter((D, rank), "projection", normal(std=rank**-0.5)),
         "bigram_scale": Parameter((), "scalar", set_to(0.05)),
-        "ve_table": Parameter((V, hp.ve_dim), "table", normal(0.01)),
+        "ve_table": Parameter((V, hp.ve_dim), "table", normal(std=0.01)),
         "ve_proj": Parameter((width, hp.ve_dim), "projection", zero),
         "ve_scale": Parameter((), "scalar", set_to(0.1)),
         "ve_layer_scale": Parameter((len(hp.ve_layer_ids),), "scalar", one),
@@ -1149,27 +1108,18 @@ class GPT(nn.Module):
                 values[i] = (value, scale)
         return values
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int32 -> x0 (B, T, D)."""
-        bigram = ()
-        if self.hp.bigram_vocab_size:
-            bigram = (self.bigram_table, self.bigram_proj, self.bigram_scale)
-        return embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
-
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        num_passes: int,
-        qat_floor: Tensor | None = None,
-        score_last: int | None = None,
-    ) -> tuple[Tensor, Stability]:
+        self, ids: Tensor, targets: Tensor, num_passes: int,
+        qat_floor: Tensor | None = None, score_last: int | None = None,
+    ) -> tuple[Tensor, Stability]:  # fmt: skip
         """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
 
-        score_last: score only so many last positions -> (B, score_last).
-        """
+        score_last: score only so many last positions -> (B, score_last)."""
         hp, rope = self.hp, (self.cos, self.sin, self.hp.rope_dims // 2)
-        layers, values, x0 = self.layers(qat_floor), self.value_embeddings(ids), self.embed(ids)
+        layers, values = self.layers(qat_floor), self.value_embeddings(ids)
+        names = ("bigram_table", "bigram_proj", "bigram_scale") if hp.bigram_vocab_size else ()
+        bigram = tuple(getattr(self, name) for name in names)
+        x0 = embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
 
         def run(x: Tensor, part: slice, skips: Sequence = (), keep: int = 1) -> list[Tensor]:
             return run_layers(x, layers[part], values[part], [*skips], x0, rope, keep)
@@ -1225,8 +1175,7 @@ if triton is not None:
     def fused_product(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
         """leaky(u)^2 of u = a b', u's sign in its last bit; given that as s, a b' times the slope.
 
-        a (M, K), b (N, K), s and the result (M, N): bfloat16; K in multiples of 64, N of 128.
-        """
+        a (M, K), b (N, K), s and the result (M, N): bfloat16; K in multiples of 64, N of 128."""
         out = a.new_empty(a.size(0), b.size(0))
         blocks = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count
         tensors = [t.contiguous() for t in (a, b, out if s is None else s, out)]
@@ -1243,8 +1192,7 @@ class FusedMLP(torch.autograd.Function):
 
     u = x up' is never written: backward needs |u|, the root of its square s, and u's sign, which is
     s's last bit: s is rounded to an even bfloat16, or an odd one if u < 0. That errs by 2^-7 at
-    most, as rounding u before the square would.
-    """
+    most, as rounding u before the square would."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -1275,8 +1223,7 @@ class FlatParameters:
 
     Muon's banks come first, each padded to `world_size` equal shards of rows, then AdamW's
     groups. So a reduce-scatter reads a bank where autograd wrote it, an all-gather writes it where
-    the model reads it, and clipping, averaging, snapshots and SGD are one kernel each.
-    """
+    the model reads it, and clipping, averaging, snapshots and SGD are one kernel each."""
 
     ALIGNMENT = 64  # elements; kernels want every parameter to start at a multiple of 16 bytes
 
@@ -1344,8 +1291,7 @@ class Optimizer:
     (PR 549). One step:
         reduce-scatter all banks, all-reduce the rest      -> summed gradients, their global norm
         for each bank: momentum, Newton-Schulz, update     -> all-gather while the next one works
-        AdamW                                              -> while the last all-gathers fly
-    """
+        AdamW                                              -> while the last all-gathers fly"""
 
     def __init__(self, flat: FlatParameters, hp: Hyperparameters, runtime: Runtime) -> None:
         self.flat, self.hp, self.runtime = flat, hp, runtime
@@ -1366,8 +1312,7 @@ class Optimizer:
         """Sums the gradients over the ranks; returns their global norm, a scalar tensor.
 
         Each rank's loss is divided by the tokens of the whole batch, so that the sum over ranks
-        is the gradient of the global mean.
-        """
+        is the gradient of the global mean."""
         flat, runtime = self.flat, self.runtime
         if runtime.world_size > 1:
             works = []
@@ -1401,8 +1346,7 @@ class Optimizer:
     def update_rows(self, bank: str, grad: Tensor, lr_scale: float, momentum: float) -> None:
         """Muon with Nesterov momentum and decoupled weight decay on this rank's rows of a bank.
 
-        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first.
-        """
+        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first."""
         hp, lr = self.hp, self.hp.matrix_lr * lr_scale
         rows = self.flat.shard(self.flat.data, bank, self.runtime)  # (n, rows, cols)
         buffer = self.flat.shard(self.momentum, bank, self.runtime).mul_(momentum).add_(grad)
@@ -1470,17 +1414,17 @@ def graphs_compiled() -> int:
 
 
 class Clock:
-    """The run's progress and stops: what rank 0 and any rank's signals decide, all follow.
+    """The run's progress and stops: what rank 0's clock and any rank's signals decide, all follow.
 
     A GPU's queue holds one step more than it works on, so a step begins one step later than the
     host says. Training stops before a step that would end after the cap, were it as slow as the
-    slowest of the last ones.
-    """
+    slowest of the last ones."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.hp, self.runtime, self.interrupts = trainer.hp, trainer.runtime, trainer.interrupts
         self.queued = int(trainer.runtime.device.type == "cuda")  # steps
-        self.cap, self.last_progress = self.hp.max_wallclock_seconds or math.inf, 0.0
+        self.cap = self.hp.max_wallclock_seconds or math.inf
+        self.last_progress = trainer.average.last_progress
         self.recent = deque([0.0], maxlen=16)  # seconds of the last steps
         self.runtime.barrier()
         self.last = self.last_checkpoint = time.perf_counter()
@@ -1488,10 +1432,6 @@ class Clock:
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
-
-    def exclude(self, seconds: float) -> None:
-        """Takes a pause out of the run's time."""
-        self.started, self.last = self.started + seconds, self.last + seconds
 
     def read(self, step: int) -> tuple[float, bool]:
         """The run's progress as `step` begins, 1 if there is none; whether a checkpoint is due."""
@@ -1541,8 +1481,7 @@ class Trainer:
 
     def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
         """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
-        nats, text bytes, proxy, then growth, update and feedback of each pass, times B.
-        """
+        nats, text bytes, proxy, then growth, update and feedback of each pass, times B."""
         hp = self.hp
         sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
         for part in micro_batches(batch, hp):
@@ -1560,8 +1499,7 @@ class Trainer:
         """Runs every graph of the run on random tokens of its own, then restores the weights.
 
         So nothing is compiled, tuned or allocated once the clock runs; the throwaway optimizer
-        opens the ranks' communication, the evaluation runs on a copy.
-        """
+        opens the ranks' communication, the evaluation runs on a copy."""
         hp, flat, runtime, kept = self.hp, self.flat, self.runtime, self.flat.data.clone()
         generator = torch.Generator().manual_seed(hp.seed)
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
@@ -1601,11 +1539,15 @@ class Trainer:
                 self.runtime.barrier()
                 since, passes = time.perf_counter(), self.plan.num_passes
                 evaluator.run("validation", self.model, hp.train_seq_len, passes, step=self.step)
-                clock.exclude(time.perf_counter() - since)
+                clock.started += time.perf_counter() - since  # it is not the run's time
+                clock.last = time.perf_counter()
             log.progress(f"{progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
         self.check_norm(None)
         self.runtime.barrier()
-        self.elapsed, interrupted = clock.elapsed(), self.runtime.largest(self.interrupts.noted) > 0
+        self.elapsed, interrupted = (
+            clock.elapsed(),
+            bool(self.runtime.sum_(torch.tensor(self.interrupts.noted))),
+        )
         on_gpu, late = self.runtime.device.type == "cuda", graphs_compiled() - graphs
         facts = {"graphs_compiled_after_start": late, "interrupted": int(interrupted)}
         facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
@@ -1640,8 +1582,7 @@ class Trainer:
     def check_norm(self, norm: Tensor | None) -> None:
         """Raises FloatingPointError if the gradient's norm of the step before is not finite.
 
-        It waits for that step: the host is never further ahead, and the GPU never waits for it.
-        """
+        It waits for that step: the host is never further ahead, and the GPU never waits for it."""
         if self.norm_before is not None:
             value, event = self.norm_before
             if event is not None:
@@ -1689,58 +1630,50 @@ def fixed_settings(trainer: Trainer) -> dict[str, Any]:
     """What a resumed run must share with the one that it continues."""
     hp, names = trainer.hp, ("seed", "train_batch_tokens", "shuffle", "weight_average")
     fixed = hp.architecture() | {name: getattr(hp, name) for name in names}
-    del fixed["eval_passes"]
-    return fixed | {"data": trainer.data.facts[0]["fingerprint"]}
+    return fixed | {"eval_passes": None, "data": trainer.data.facts[0]["fingerprint"]}
 
 
 def run_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """What training carries from step to step in the layout of `flat.data`."""
-    average = {"ema": trainer.average.ema, "swa": trainer.average.swa}
-    state = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum} | average
+    state = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum}
+    state |= {"ema": trainer.average.ema, "swa": trainer.average.swa}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+COUNTS = ("step", "elapsed", "phase_start", "floor_index")  # of a trainer
+SAMPLES = ("samples", "last_progress", "last_sample")  # of its average
 
 
 def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
     """Writes a digest, then torch.save's bytes; on every rank: whether it was written.
 
     Tensors are stored by name, for any number of ranks. Training draws no random numbers and the
-    loader's place is the step, so that nothing else has to be kept.
-    """
-    flat, average, runtime = trainer.flat, trainer.average, trainer.runtime
+    loader's place is the step, so that nothing else has to be kept."""
+    flat, runtime, momentum = trainer.flat, trainer.runtime, trainer.optimizer.momentum
     if runtime.world_size > 1:
-        momentum = trainer.optimizer.momentum
         for work in [flat.gather(momentum, bank, runtime) for bank in BANKS]:
             work.wait()
-    written = False
-    if runtime.is_main:
-        names = ("step", "elapsed", "phase_start", "floor_index")
-        state = {name: getattr(trainer, name) for name in names}
-        state["settings"] = fixed_settings(trainer)
-        state["average"] = (average.samples, average.last_progress, average.last_sample)
-        tensors = run_tensors(trainer).items()
-        state["tensors"] = {kind: flat.named(t.to("cpu", copy=True)) for kind, t in tensors}
-        state["adam"] = trainer.optimizer.adam.state_dict()["state"]
-        written = write_checkpoint(state, folder, trainer.log)
-    return runtime.from_main(written)
-
-
-def write_checkpoint(state: dict[str, Any], folder: Path, log: Log) -> bool:
-    """Writes the checkpoint aside, then keeps it and the one before it."""
-    buffer, path = io.BytesIO(), folder / f"step_{state['step']:08d}.pt"
-    torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    if not runtime.is_main:
+        return runtime.from_main(None)
+    state = {name: getattr(trainer, name) for name in COUNTS}
+    state |= {name: getattr(trainer.average, name) for name in SAMPLES}
+    state |= {"settings": fixed_settings(trainer), "adam": trainer.optimizer.adam.state_dict()}
+    tensors = run_tensors(trainer).items()
+    state["tensors"] = {kind: flat.named(t.to("cpu", copy=True)) for kind, t in tensors}
+    torch.save(state, buffer := io.BytesIO())
+    path, data = folder / f"step_{trainer.step:08d}.pt", buffer.getvalue()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(path, digest + buffer.getvalue())
-        # Later ones go first: a resumed run has found them damaged.
+        write_aside(path, hashlib.sha256(data).digest() + data)
+        # The one before it stays. Later ones go first: a resumed run has found them damaged.
         found = sorted(folder.glob("step_*.pt"), key=lambda other: (other <= path, other))
         for old in found[:-2]:
             old.unlink()
     except OSError as error:  # the run goes on, and older checkpoints stay
-        log.event("checkpoint_failed", path=path, reason=error.strerror)
-        return False
-    log.event("checkpoint", step=state["step"], path=path, bytes=32 + buffer.tell())
-    return True
+        trainer.log.event("checkpoint_failed", path=path, reason=error.strerror)
+        return runtime.from_main(False)
+    trainer.log.event("checkpoint", step=trainer.step, path=path, bytes=32 + len(data))
+    return runtime.from_main(True)
 
 
 def read_checkpoint(folder: Path, runtime: Runtime, log: Log) -> dict[str, Any] | None:
@@ -1758,19 +1691,17 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     state = read_checkpoint(folder, trainer.runtime, trainer.log)
     if state is None:
         return
-    new, old = fixed_settings(trainer), state["settings"]
+    new, old, adam = fixed_settings(trainer), state["settings"], trainer.optimizer.adam
     differ = [f"{k}={new.get(k)} (was {old.get(k)})" for k in new | old if new.get(k) != old.get(k)]
     require(not differ, f"resume: the checkpoint is of another run: {', '.join(differ)}")
-    flat, average, adam = trainer.flat, trainer.average, trainer.optimizer.adam
     for kind, tensor in run_tensors(trainer).items():
-        for name, view in flat.named(tensor).items():
+        for name, view in trainer.flat.named(tensor).items():
             view.copy_(state["tensors"][kind][name])
-    groups = adam.state_dict()["param_groups"]
-    adam.load_state_dict({"state": state["adam"], "param_groups": groups})
-    trainer.step, trainer.elapsed = state["step"], state["elapsed"]
-    trainer.phase_start, trainer.floor_index = state["phase_start"], state["floor_index"]
-    average.samples, average.last_progress, average.last_sample = state["average"]
-    trainer.plan = plan_step(trainer.hp, trainer.step - 1, average.last_progress)
+    adam.load_state_dict(adam.state_dict() | {"state": state["adam"]["state"]})
+    for owner, names in ((trainer, COUNTS), (trainer.average, SAMPLES)):
+        for name in names:
+            setattr(owner, name, state[name])
+    trainer.plan = plan_step(trainer.hp, trainer.step - 1, trainer.average.last_progress)
     spent = f"{1000 * trainer.elapsed:.0f}ms"
     trainer.log.event("resume", step=trainer.step, train_time=spent)
 
@@ -1784,8 +1715,7 @@ def row_scales(w: Tensor, levels: int, floor: Tensor) -> Tensor:
 
     GPTQ-lite (PR 414), for each row: of the clips at CLIP_QUANTILES of the row's |w| the one with
     the least squared error, counted with the step as stored: float16 and no finer than `floor`, a
-    scalar tensor.
-    """
+    scalar tensor."""
     places = [(1 - quantile) * (w.size(-1) - 1) for quantile in CLIP_QUANTILES]  # from the largest
     top = w.abs().topk(min(w.size(-1), 2 + int(max(places)))).values
     best = least = None
@@ -1871,11 +1801,8 @@ def compress(header: Mapping[str, Any], tensors: Mapping[str, Tensor], floor_ind
 
 
 def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
-    """Bytes of the artifact if each bank were coded at its integers' entropy.
-
-    Close to lzma's result and a thousand times faster: it starts the search for the floor, and
-    tells QAT the floor that the export will need.
-    """
+    """Bytes of the artifact if each bank were coded at its integers' entropy: about lzma's result,
+    a thousand times faster."""
     total = float(payload_bytes({n: w.shape for n, w in tensors.items()}))
     for w in (tensors[name] for name in BANKS):
         scale = row_scales(w, INT6_LEVELS, torch.tensor(floor, device=w.device))
@@ -1887,7 +1814,7 @@ def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
 
 
 def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: int) -> int:
-    """The finest floor whose estimated size fits."""
+    """The finest floor whose estimated size fits: where the export's search starts, and QAT's."""
     indices = range(FINEST_FLOOR_INDEX + 1)
     too_large = lambda i: entropy_bytes(tensors, floor_value(i)) > limit_bytes  # noqa: E731
     return max(0, bisect.bisect_left(indices, True, key=too_large) - 1)
@@ -1896,8 +1823,7 @@ def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: int) -> int
 def finest_fitting(size_of: Callable[[int], int], guess: int, limit: int, log: Log) -> int | None:
     """The largest floor index whose real size fits `limit`, or None: bisection, 7 probes a round.
 
-    The probes of a round share the CPU's cores (lzma releases the interpreter's lock).
-    """
+    The probes of a round share the CPU's cores (lzma releases the interpreter's lock)."""
     fits, too_large = -1, FINEST_FLOOR_INDEX + 1
     probes = {guess + offset for offset in (-64, -24, -8, 0, 8, 24, 64)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1914,8 +1840,7 @@ def finest_fitting(size_of: Callable[[int], int], guess: int, limit: int, log: L
 def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
     """Writes the finest artifact that fits beside the code, and says where it lies.
 
-    Raises UserError if none fits.
-    """
+    Raises UserError if none fits."""
     limit, packed = model_limit(hp), cache(partial(compress, hp.architecture(), tensors))
     guess = estimate_floor_index(tensors, limit)
     index = finest_fitting(lambda index: len(packed(index)), guess, limit, log)
@@ -1934,8 +1859,7 @@ def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """The architecture (other settings at their defaults) and the float32 tensors of an artifact.
 
     The file is untrusted and nothing in it is executed: the settings in its header are checked
-    like a user's, and the payload must have exactly the size that they imply. Raises UserError.
-    """
+    like a user's, and the payload must have exactly the size that they imply. Raises UserError."""
     stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 26)
 
     def read(size: int, data: bytes = b"") -> bytes:
@@ -1983,8 +1907,7 @@ def scoring_windows(first: int, last: int, seq_len: int, stride: int) -> np.ndar
     """Windows that score targets first..last-1 once each, in order: rows (start, from, to).
 
     Target t is token t+1. A window feeds the `seq_len` tokens from `start` and scores targets
-    from..to-1; it ends with the last of them, unless the text has only just begun.
-    """
+    from..to-1; it ends with the last of them, unless the text has only just begun."""
     opening = min(last, max(first + stride, seq_len))
     to = np.array([*range(opening, last, stride), last], dtype=np.int64)
     return np.stack([np.maximum(to - seq_len, 0), np.append(first, to[:-1]), to], axis=1)
@@ -2014,8 +1937,7 @@ class Evaluator:
         """The losses in nats (targets,) float32, on every rank; ranks share the windows.
 
         Windows are scored in batches of one shape, with a head on the last `stride` positions only
-        where all that a window scores lies in them. name: shows the progress under it.
-        """
+        where all that a window scores lies in them. name: shows the progress under it."""
         T, size, device = self.hp.train_seq_len, self.hp.eval_batch_seqs, self.runtime.device
         # One more slot takes what is computed but not to be kept.
         losses = torch.zeros(len(targets) + 1, device=device)
@@ -2045,17 +1967,14 @@ class Evaluator:
 
     def bits_per_byte(self, losses: Tensor) -> float:
         """Of the text's first len(losses) targets."""
-        nats = losses.double().sum().item()
-        return nats / math.log(2) / int(self.bytes[: len(losses)].sum())
+        return losses.double().sum().item() / math.log(2) / int(self.bytes[: len(losses)].sum())
 
     def report(self, name: str, losses: Tensor, since: float, **more: Any) -> None:
         """Logs val_loss (nats a token) and val_bpb of the whole text."""
-        nats, text_bytes = losses.double().sum().item(), int(self.bytes.sum())
-        loss, bpb = nats / self.num_targets, nats / math.log(2) / text_bytes
-        result = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}"}
-        counts = {"tokens": self.num_targets, "bytes": text_bytes}
-        seconds = f"{time.perf_counter() - since:.3f}"
-        self.log.event(name, **result, **counts, seconds=seconds, **more)
+        loss, bpb = losses.double().sum().item() / len(losses), self.bits_per_byte(losses)
+        facts = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}", "tokens": len(losses)}
+        facts |= {"bytes": int(self.bytes.sum()), "seconds": f"{time.perf_counter() - since:.3f}"}
+        self.log.event(name, **facts, **more)
         self.log.has_results = True
 
     def run(self, name: str, model: GPT, stride: int, passes: int, **more: Any) -> Tensor:
@@ -2079,8 +1998,7 @@ class Evaluator:
         """Score-first test-time training (PR 461): each chunk is scored, its losses are final, and
         only then `model` is trained on it (not on the last). Returns the losses (n-1,).
 
-        deadline: on the clock of time.perf_counter; epochs drop to end before it.
-        """
+        deadline: on the clock of time.perf_counter; epochs drop to end before it."""
         hp, flat, since = self.hp, FlatParameters(model), time.perf_counter()
         sgd = torch.optim.SGD([flat.whole(slice(None))], hp.ttt_lr, hp.ttt_momentum)
         starts = range(0, self.num_targets, hp.ttt_chunk_tokens)
@@ -2152,21 +2070,17 @@ class Files(NamedTuple):
 def run_files(hp: Hyperparameters, runtime: Runtime) -> Files:
     """Names them, and raises UserError rather than let a run overwrite another."""
     run_id = runtime.from_main(hp.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{hp.seed}")
-    folder = Path(hp.output_dir)
-    names = (f"{run_id}.txt", f"{run_id}.int6.xz", f"{run_id}.checkpoints")
-    files = Files(*(folder / name for name in names))
-    if runtime.is_main:
-        remedy = "choose another run_id"
-        if hp.resume:
-            text = f"run_id: {files.artifact} is finished and is never overwritten"
-            remedy = f"score it again with --evaluate, or {remedy}"
-            require(not files.artifact.exists(), f"{text}: {remedy}")
-        else:
-            existing = [path for path in files if path.exists()]
-            if existing == [files.log, files.checkpoints]:
-                remedy += ", or go on from its checkpoint with --resume"
-            text = f"run_id: {', '.join(map(str, existing))} would be overwritten"
-            require(not existing, f"{text}: {remedy}")
+    suffixes = (".txt", ".int6.xz", ".checkpoints")
+    files = Files(*(Path(hp.output_dir) / f"{run_id}{suffix}" for suffix in suffixes))
+    kept = files[1:2] if hp.resume else files
+    existing = runtime.from_main([path for path in kept if path.exists()])
+    remedy = "choose another run_id"
+    if files.artifact in existing:
+        remedy = f"score it again with --evaluate {files.artifact}, or {remedy}"
+    elif files.checkpoints in existing:
+        remedy = f"go on from its checkpoint with --resume, or {remedy}"
+    text = f"run_id: {', '.join(map(str, existing))} would be overwritten"
+    require(not existing, f"{text}: {remedy}")
     return files
 
 
@@ -2180,10 +2094,7 @@ def check_paths(hp: Hyperparameters) -> None:
         (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {data}"),
         (find_tokenizer(hp).is_file(), f"tokenizer_path={find_tokenizer(hp)} is missing: set it"),
         (losses.parent.is_dir() and not losses.is_dir(), f"token_losses={losses} can be no file"),
-        (
-            shutil.disk_usage(folder).free > need,
-            f"output_dir={output}: less than {need} bytes free",
-        ),
+        (shutil.disk_usage(folder).free > need, f"output_dir={output}: {need} bytes are not free"),
     ]
     mistakes = [text for holds, text in rules if not holds]
     require(not mistakes, "\n".join(mistakes))
@@ -2211,27 +2122,16 @@ def write_aside(path: Path, data: bytes) -> None:
 
 def write_or_rescue(path: Path, data: bytes, log: Log) -> Path:
     """Writes a file; into the temporary folder if `path` cannot be written. Where it lies."""
-    try:
+    with suppress(OSError):
         write_aside(path, data)
-    except OSError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
-        log.event("warning", text=f"{path}: {error.strerror}; written to {rescued} instead")
-        path = rescued
-        write_aside(path, data)
-    return path
+        return path
+    rescued = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
+    log.event("warning", text=f"{path} cannot be written, {rescued} is instead")
+    write_aside(rescued, data)
+    return rescued
 
 
-def log_header(
-    hp: Hyperparameters,
-    sources: Mapping[str, str],
-    data: Data,
-    files: Files,
-    runtime: Runtime,
-    log: Log,
-) -> None:
-    """What runs: script, versions, device, settings, data."""
-    started = time.strftime("%Y%m%d_%H%M%S")
-    log.event("run", run_id=files.log.stem, started=started)
+def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime, log: Log) -> None:
     code = Path(__file__).read_bytes()
     digest = hashlib.sha256(code).hexdigest()
     log.event("code", name=Path(__file__).name, bytes=len(code), sha256=digest)
@@ -2241,12 +2141,8 @@ def log_header(
     on_gpu = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} x{os.cpu_count()}"
     log.event("device", name=name, world_size=runtime.world_size, dtype=str(runtime.dtype)[6:])
-    for f in fields(hp):
-        # str: a float reads back equal.
+    for f in fields(hp):  # str: a float reads back equal
         log.event("config", name=f.name, value=str(getattr(hp, f.name)), source=sources[f.name])
-    for facts in data.facts:
-        log.event("data", **facts)
-    log.phase("start")
     if not on_gpu and not hp.evaluate and hp.model_dim * hp.num_layers > 4096:
         text = "a model of this size takes minutes a step on a CPU: --env scripts/demo.env is small"
         log.event("warning", text=text)
@@ -2282,13 +2178,6 @@ def load_model(hp: Hyperparameters, artifact: Path, runtime: Runtime, log: Log) 
     model = build_model(adopt(hp, stored), runtime, log)
     model.load_state_dict(tensors)
     return model
-
-
-def write_losses(hp: Hyperparameters, losses: Tensor, runtime: Runtime, log: Log) -> None:
-    if hp.token_losses and runtime.is_main:
-        buffer = io.BytesIO()
-        np.save(buffer, losses.cpu().numpy())
-        write_or_rescue(Path(hp.token_losses), buffer.getvalue(), log)
 
 
 def train(trainer: Trainer, evaluator: Evaluator, files: Files) -> tuple[int, Path]:
@@ -2328,7 +2217,11 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
     hp, data = open_data(hp, runtime)
     log = Log(files.log if runtime.is_main else None, hp.resume)
     try:
-        log_header(hp, sources, data, files, runtime, log)
+        log.event("run", run_id=files.log.stem, started=time.strftime("%Y%m%d_%H%M%S"))
+        log_header(hp, sources, runtime, log)
+        for facts in data.facts:
+            log.event("data", **facts)
+        log.phase("start")
         evaluator = Evaluator(hp, data.val_tokens, data.token_bytes, runtime, log)
         code, artifact = 0, Path(hp.evaluate or files.artifact)
         if not hp.evaluate:
@@ -2341,7 +2234,9 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
             losses = evaluator.run_all(model, model.hp.eval_passes)
             log.event("evaluated", graphs_compiled=graphs_compiled() - graphs)
             log.phase("evaluation")
-            write_losses(hp, losses, runtime, log)
+            if hp.token_losses and runtime.is_main:
+                np.save(buffer := io.BytesIO(), losses.cpu().numpy())
+                write_or_rescue(Path(hp.token_losses), buffer.getvalue(), log)
         return code
     except BaseException as error:
         log.abandon(error)
