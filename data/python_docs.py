@@ -2,12 +2,13 @@
 
 The docstrings of the standard library, one document per module, and the language reference that
 `help()` shows (pydoc's topics), one document per topic: about
-about 1.6 MB of English. The source files are parsed, never imported, so nothing of them runs.
+1.6 MB of English. The source files are parsed, never imported, so nothing of them runs.
 """
 
 from __future__ import annotations
 
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +68,19 @@ def library_texts(library: Path) -> Iterator[str]:
         yield docstrings((library / module).read_bytes())
 
 
-def python_docs() -> Iterator[str]:
+class PythonDocs:
     """The documents; which and in what order depends on the version of Python alone."""
-    seen: set[str] = set()
-    for text in library_texts(Path(sysconfig.get_path("stdlib"))):
-        document = drop_seen_paragraphs(text, seen)
-        if len(document) >= MIN_DOCUMENT_CHARS:
-            yield document
+
+    total_bytes: int | None = None
+    done_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for text in library_texts(Path(sysconfig.get_path("stdlib"))):
+            document = drop_seen_paragraphs(text, seen)
+            if len(document) >= MIN_DOCUMENT_CHARS:
+                self.done_bytes += len(document)
+                yield document
+
+    def identity(self) -> list[str]:
+        return ["python-docs", sys.version]

@@ -20,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import documents, inspect_data, overlap, pipeline, prepare_text, python_docs, shards
 from data.tokenizing import Encoder
+
+from data import documents, inspect_data, overlap, pipeline, prepare_text, python_docs, shards
 from train_gpt import TokenBytes, UserError, find_data_shards, open_data_shard
 
 BOS = 1
