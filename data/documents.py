@@ -123,7 +123,7 @@ class TextFiles:
         if STDIN in self.paths:
             return None
         stats = [(path, path.stat()) for path in self.paths]
-        return [{"name": p.name, "bytes": s.st_size, "changed_ns": s.st_mtime_ns} for p, s in stats]
+        return [{"name": p.name, "bytes": s.st_size, "changed": s.st_mtime} for p, s in stats]
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:

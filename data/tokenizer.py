@@ -33,7 +33,14 @@ def open_tokenizer(path: Path) -> spm.SentencePieceProcessor:
 def check_tokenizer(tokenizer: spm.SentencePieceProcessor, path: Path, allow_unknown: bool) -> None:
     """Raises UserError unless the tokenizer can write every text, with a BOS before it."""
     require(tokenizer.bos_id() >= 0, f"tokenizer {path} has no BOS piece, which opens a document")
-    byte_pieces = sum(tokenizer.IsByte(i) for i in range(tokenizer.vocab_size()))
+    pieces = [tokenizer.IdToPiece(i) for i in range(tokenizer.vocab_size())]
+    inner_spaces = [piece for piece in pieces if SPACE in piece[1:]]
+    require(
+        not inner_spaces,
+        f"tokenizer {path} has pieces with a space inside, such as {inner_spaces[:1]}: val_bpb "
+        "would miscount their bytes",
+    )
+    byte_pieces = sum(tokenizer.IsByte(i) for i in range(len(pieces)))
     require(
         allow_unknown or byte_pieces == 256,
         f"tokenizer {path} has no byte fallback (256 byte pieces): characters it does not know "
