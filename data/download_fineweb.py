@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,41 +62,34 @@ class Hub:
     """One revision of a dataset repository. Methods raise UserError."""
 
     def __init__(self, repo_id: str, revision: str, endpoint: str | None) -> None:
-        self.api, self.repo_id = HfApi(endpoint=endpoint), repo_id
-        with hub_errors(f"repository {repo_id} at {self.api.endpoint}"):
-            self.commit = self.api.dataset_info(repo_id, revision=revision, timeout=30).sha
-        self.revision = {"repo_type": "dataset", "revision": self.commit}
+        api, self.repo_id = HfApi(endpoint=endpoint), repo_id
+        with hub_errors(f"repository {repo_id} at {api.endpoint}"):
+            self.commit = api.dataset_info(repo_id, revision=revision, timeout=30).sha
+        self.at = {"repo_type": "dataset", "revision": self.commit}
+        self.list, self.download = api.list_repo_tree, api.hf_hub_download
 
     def files(self, folder: str) -> dict[str, RepoFile]:
         """The files below `folder`, by their paths from there."""
         with hub_errors(f"folder {folder!r} of repository {self.repo_id}"):
-            tree = self.api.list_repo_tree(
-                self.repo_id, folder or None, recursive=True, **self.revision
-            )
-            files = [item for item in tree if isinstance(item, RepoFile)]
+            tree = list(self.list(self.repo_id, folder or None, recursive=True, **self.at))
+        files = [item for item in tree if isinstance(item, RepoFile)]
         return {file.path.removeprefix(folder).lstrip("/"): file for file in files}
 
     def fetch(self, file: RepoFile, target: Path) -> None:
         """Downloads `file` into a folder beside `target`, checks it, then puts it in its place."""
-        if self.transfer(file, target):
-            fault = self.transfer(file, target)  # what arrived broken gets a second try
-            require(not fault, f"{file.path} arrived broken, it {fault}: run again")
-
-    def transfer(self, file: RepoFile, target: Path) -> str | None:
-        """Returns what is wrong with what arrived, which then is removed."""
-        with hub_errors(file.path):
-            folder = target.parent / ".download"
-            folder.mkdir(parents=True, exist_ok=True)
-            got = Path(
-                self.api.hf_hub_download(self.repo_id, file.path, local_dir=folder, **self.revision)
-            )
-            if fault := difference(file, got):
-                got.unlink()
-                return fault
-        if target.suffix == ".bin":
-            open_data_shard(got)
-        got.replace(target)
-        return None
+        folder = target.parent / ".download"
+        for _ in range(2):  # what arrives broken gets a second try
+            with hub_errors(file.path):
+                folder.mkdir(parents=True, exist_ok=True)
+                got = Path(self.download(self.repo_id, file.path, local_dir=folder, **self.at))
+            fault = difference(file, got)
+            if fault is None:
+                if target.suffix == ".bin":
+                    open_data_shard(got)
+                got.replace(target)
+                return
+            got.unlink()
+        raise UserError(f"{file.path} arrived broken, it {fault}: run again")
 
 
 def difference(file: RepoFile, local: Path) -> str | None:
@@ -112,58 +106,59 @@ def difference(file: RepoFile, local: Path) -> str | None:
     return None if actual == expected else f"has hash {actual} instead of {expected}"
 
 
-def export_entries(manifest: Any, variant: str) -> dict[str, Any]:
-    """What the manifest says of a variant. Raises UserError if it lacks it or has another form."""
-    try:
-        datasets = {entry["name"]: entry for entry in manifest["datasets"]}
-        tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-        entry = datasets.get(f"fineweb10B_{variant}")
-        require(entry is not None, f"--variant {variant}: the repository has {sorted(datasets)}")
-        tokenizer = tokenizers[entry["tokenizer_name"]]
+@dataclass(frozen=True)
+class Export:
+    """What the manifest says of one variant. `of` raises UserError."""
+
+    entry: dict[str, Any]
+    tokenizer: dict[str, Any]
+
+    @classmethod
+    def of(cls, manifest: Any, variant: str) -> Export:
+        try:
+            datasets = {entry["name"]: entry for entry in manifest["datasets"]}
+            tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
+            entry = datasets.get(f"fineweb10B_{variant}")
+            require(entry is not None, f"--variant {variant}: there are {', '.join(datasets)}")
+            export = cls(entry, tokenizers[entry["tokenizer_name"]])
+            export.files(1)
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"the repository's manifest.json is not of the known form ({error!r}): check "
+                "--repo-id and --remote-root"
+            ) from None
+        return export
+
+    def files(self, train_shards: int) -> list[str]:
+        """What to have: all of validation, the first training shards, the tokenizer."""
+        there, val_shards = (int(self.entry["stats"][f"files_{s}"]) for s in ("train", "val"))
+        in_range = 1 <= train_shards <= there
+        require(in_range, f"--train-shards {train_shards}: the repository has {there}")
         keys = ("model_path", "vocab_path", "path")
-        return {
-            "dataset": entry["name"],
-            "train_shards": int(entry["stats"]["files_train"]),
-            "val_shards": int(entry["stats"]["files_val"]),
-            "tokenizer_files": [tokenizer[key] for key in keys if tokenizer.get(key)],
-            "entries": [entry, tokenizer],
-        }
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"the repository's manifest.json is not of the known form ({error!r}): check --repo-id "
-            "and --remote-root"
-        ) from None
+        files = [self.tokenizer[key] for key in keys if self.tokenizer.get(key)]
+        for file in files:  # the manifest must not name a place elsewhere
+            inside = re.fullmatch(r"tokenizers/\w[\w.-]*", file)
+            require(inside is not None, f"the manifest names {file!r}, outside tokenizers/")
+        for split, count in (("val", val_shards), ("train", train_shards)):
+            names = (f"fineweb_{split}_{i:06d}.bin" for i in range(count))
+            files += [f"datasets/{self.entry['name']}/{name}" for name in names]
+        return files
 
 
-def wanted_files(export: dict[str, Any], train_shards: int) -> list[str]:
-    """What to have: all of validation, the first training shards, the tokenizer."""
-    there = export["train_shards"]
-    require(
-        1 <= train_shards <= there, f"--train-shards {train_shards}: the repository has {there}"
-    )
-    for file in export["tokenizer_files"]:  # the manifest must not name a place elsewhere
-        inside = re.fullmatch(r"tokenizers/\w[\w.-]*", file)
-        require(inside is not None, f"the manifest names {file!r}, outside tokenizers/")
-    counts = {"val": export["val_shards"], "train": train_shards}
-    names = [f"fineweb_{split}_{i:06d}.bin" for split, n in counts.items() for i in range(n)]
-    return [*(f"datasets/{export['dataset']}/{n}" for n in names), *export["tokenizer_files"]]
-
-
-def fetch_manifest(hub: Hub, file: RepoFile, args: argparse.Namespace) -> dict[str, Any]:
+def fetch_manifest(hub: Hub, file: RepoFile, args: argparse.Namespace) -> Export:
     """The export as the repository describes it now; kept as data/manifest.json.
 
     Raises UserError if the manifest of an earlier download says otherwise.
     """
     kept, fresh = args.data_dir / "manifest.json", args.data_dir / ".download" / "manifest.fresh"
     hub.fetch(file, fresh)
-    export = export_entries(read_json(fresh), args.variant)
-    has_shards = any((args.data_dir / "datasets" / export["dataset"]).glob("fineweb_*.bin"))
+    export = Export.of(read_json(fresh), args.variant)
+    has_shards = any((args.data_dir / "datasets" / export.entry["name"]).glob("fineweb_*.bin"))
     if kept.is_file() and has_shards and not args.verify:
-        before = export_entries(read_json(kept), args.variant)
         require(
-            before == export,
-            f"the repository's manifest describes {export['dataset']} otherwise than {kept} from "
-            "the earlier download: shards of two exports must not mix. Give the earlier "
+            Export.of(read_json(kept), args.variant) == export,
+            f"the repository's manifest describes {export.entry['name']} otherwise than {kept} "
+            "from the earlier download: shards of two exports must not mix. Give the earlier "
             "--revision, replace what differs with --verify, or move both away",
         )
     fresh.replace(kept)
@@ -180,15 +175,6 @@ def missing_files(files: dict[Path, RepoFile], verify: bool) -> dict[Path, RepoF
                 missing[path] = file
             bar.update()
     return missing
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    require(
-        free >= needed_bytes + FREE_BYTES_KEPT,
-        f"{folder}: {needed_bytes / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free: make room, "
-        "or choose fewer --train-shards or another --data-dir",
-    )
 
 
 def download(hub: Hub, files: dict[Path, RepoFile], parallel: int) -> None:
@@ -209,17 +195,22 @@ def run(args: argparse.Namespace) -> None:
     remote = hub.files(args.remote_root.strip("/"))
     require("manifest.json" in remote, f"--remote-root {args.remote_root} holds no manifest.json")
     export = fetch_manifest(hub, remote["manifest.json"], args)
-    names = wanted_files(export, args.train_shards)
+    names = export.files(args.train_shards)
     lacking = [name for name in names if name not in remote]
     require(not lacking, f"repository {args.repo_id} lacks {len(lacking)} files: {lacking[:1]}")
     files = {args.data_dir / name: remote[name] for name in names}
     missing = missing_files(files, args.verify)
     needed_bytes = sum(file.size for file in missing.values())
     print(
-        f"{export['dataset']} at {hub.commit}: {len(files)} files, {len(files) - len(missing)} are "
+        f"{export.entry['name']} at {hub.commit}: {len(files)} files, {len(files) - len(missing)} are "
         f"here, {needed_bytes / 1e9:.2f} GB to download"
     )
-    check_disk(args.data_dir, needed_bytes)
+    free = shutil.disk_usage(args.data_dir).free
+    require(
+        free >= needed_bytes + FREE_BYTES_KEPT,
+        f"{args.data_dir} has {free / 1e9:.1f} GB free: make room, or choose fewer --train-shards "
+        "or another --data-dir",
+    )
     download(hub, missing, args.parallel)
     for split in ("train", "val"):
         paths = [path for path in files if path.name.startswith(f"fineweb_{split}_")]

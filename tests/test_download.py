@@ -288,7 +288,7 @@ def test_says_what_is_wrong(server, download, tmp_path, monkeypatch, capsys):
     fails("--repo-id", "--repo-id", "no/such")
     fails("--revision", "--revision", "no-such")
     fails("--remote-root", "--remote-root", "elsewhere")
-    fails("the repository has ['fineweb10B_sp1024']", "--variant", "sp9")
+    fails("there are fineweb10B_sp1024", "--variant", "sp9")
     fails("the repository has 3", "--train-shards", "4")
     server.status = 403
     fails("403")
