@@ -49,7 +49,9 @@ def find_inputs(paths: Iterable[Path]) -> list[Path]:
     files = []
     for path in paths:
         if path.is_dir():
-            below = [file for file in sorted(path.rglob("*")) if is_visible_text(file, path)]
+            names = (file.relative_to(path) for file in sorted(path.rglob("*")))
+            visible = (n for n in names if not any(part.startswith(".") for part in n.parts))
+            below = [path / n for n in visible if text_format(n) and (path / n).is_file()]
             require(
                 bool(below), f"input {path}: the folder holds no file named *{', *'.join(FORMATS)}"
             )
@@ -63,11 +65,6 @@ def find_inputs(paths: Iterable[Path]) -> list[Path]:
         )
         files.append(path)
     return files
-
-
-def is_visible_text(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and text_format(file) is not None and file.is_file()
 
 
 def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:

@@ -17,10 +17,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,63 +105,50 @@ def difference(file: RepoFile, local: Path) -> str | None:
     return None if actual == expected else f"has hash {actual} instead of {expected}"
 
 
-@dataclass(frozen=True)
-class Export:
-    """What the manifest says of one variant. `of` raises UserError."""
-
-    entry: dict[str, Any]
-    tokenizer: dict[str, Any]
-
-    @classmethod
-    def of(cls, manifest: Any, variant: str) -> Export:
-        try:
-            datasets = {entry["name"]: entry for entry in manifest["datasets"]}
-            tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-            entry = datasets.get(f"fineweb10B_{variant}")
-            require(entry is not None, f"--variant {variant}: there are {', '.join(datasets)}")
-            export = cls(entry, tokenizers[entry["tokenizer_name"]])
-            export.files(1)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise UserError(
-                f"the repository's manifest.json is not of the known form ({error!r}): check "
-                "--repo-id and --remote-root"
-            ) from None
-        return export
-
-    def files(self, train_shards: int) -> list[str]:
-        """What to have: all of validation, the first training shards, the tokenizer."""
-        there, val_shards = (int(self.entry["stats"][f"files_{s}"]) for s in ("train", "val"))
-        in_range = 1 <= train_shards <= there
-        require(in_range, f"--train-shards {train_shards}: the repository has {there}")
+def tokenizer_files(manifest: Any, dataset: str) -> list[str]:
+    """The files of a dataset's tokenizer. Raises UserError if the manifest has another form."""
+    try:
+        [name] = [d["tokenizer_name"] for d in manifest["datasets"] if d["name"] == dataset]
+        [tokenizer] = [entry for entry in manifest["tokenizers"] if entry["name"] == name]
         keys = ("model_path", "vocab_path", "path")
-        files = [self.tokenizer[key] for key in keys if self.tokenizer.get(key)]
-        for file in files:  # the manifest must not name a place elsewhere
-            inside = re.fullmatch(r"tokenizers/\w[\w.-]*", file)
-            require(inside is not None, f"the manifest names {file!r}, outside tokenizers/")
-        for split, count in (("val", val_shards), ("train", train_shards)):
-            names = (f"fineweb_{split}_{i:06d}.bin" for i in range(count))
-            files += [f"datasets/{self.entry['name']}/{name}" for name in names]
-        return files
+        files = [str(tokenizer[key]) for key in keys if tokenizer.get(key)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the repository's manifest.json says nothing of {dataset} in the known form "
+            f"({error!r}): check --variant, --repo-id and --remote-root"
+        ) from None
+    for file in files:  # the manifest must not name a place elsewhere
+        inside = re.fullmatch(r"tokenizers/\w[\w.-]*", file)
+        require(inside is not None, f"the manifest names {file!r}, outside tokenizers/")
+    return files
 
 
-def fetch_manifest(hub: Hub, file: RepoFile, args: argparse.Namespace) -> Export:
-    """The export as the repository describes it now; kept as data/manifest.json.
+def shard_files(remote: Iterable[str], dataset: str, train_shards: int) -> list[str]:
+    """All validation shards and the first training shards that the repository has."""
+    found = {
+        split: sorted(n for n in remote if n.startswith(f"datasets/{dataset}/fineweb_{split}_"))
+        for split in ("val", "train")
+    }
+    there = len(found["train"])
+    in_range = 1 <= train_shards <= there
+    require(in_range, f"--train-shards {train_shards}: the repository has {there} of {dataset}")
+    return found["val"] + found["train"][:train_shards]
 
-    Raises UserError if the manifest of an earlier download says otherwise.
-    """
+
+def fetch_manifest(hub: Hub, file: RepoFile, args: argparse.Namespace, has_shards: bool) -> Any:
+    """What the repository says of its files; kept as data/manifest.json. Raises UserError."""
     kept, fresh = args.data_dir / "manifest.json", args.data_dir / ".download" / "manifest.fresh"
     hub.fetch(file, fresh)
-    export = Export.of(read_json(fresh), args.variant)
-    has_shards = any((args.data_dir / "datasets" / export.entry["name"]).glob("fineweb_*.bin"))
-    if kept.is_file() and has_shards and not args.verify:
-        require(
-            Export.of(read_json(kept), args.variant) == export,
-            f"the repository's manifest describes {export.entry['name']} otherwise than {kept} "
-            "from the earlier download: shards of two exports must not mix. Give the earlier "
-            "--revision, replace what differs with --verify, or move both away",
-        )
+    manifest = read_json(fresh)
+    changed = kept.is_file() and kept.read_bytes() != fresh.read_bytes()
+    require(
+        args.verify or not (changed and has_shards),
+        f"the repository's manifest is another than {kept} of the earlier download, and shards of "
+        "two exports must not mix: replace what differs with --verify, or give the earlier "
+        "--revision",
+    )
     fresh.replace(kept)
-    return export
+    return manifest
 
 
 def missing_files(files: dict[Path, RepoFile], verify: bool) -> dict[Path, RepoFile]:
@@ -194,16 +180,19 @@ def run(args: argparse.Namespace) -> None:
     hub = Hub(args.repo_id, args.revision, args.endpoint)
     remote = hub.files(args.remote_root.strip("/"))
     require("manifest.json" in remote, f"--remote-root {args.remote_root} holds no manifest.json")
-    export = fetch_manifest(hub, remote["manifest.json"], args)
-    names = export.files(args.train_shards)
+    dataset = f"fineweb10B_{args.variant}"
+    names = shard_files(remote, dataset, args.train_shards)
+    has_shards = any((args.data_dir / "datasets" / dataset).glob("fineweb_*.bin"))
+    manifest = fetch_manifest(hub, remote["manifest.json"], args, has_shards)
+    names += tokenizer_files(manifest, dataset)
     lacking = [name for name in names if name not in remote]
     require(not lacking, f"repository {args.repo_id} lacks {len(lacking)} files: {lacking[:1]}")
     files = {args.data_dir / name: remote[name] for name in names}
     missing = missing_files(files, args.verify)
     needed_bytes = sum(file.size for file in missing.values())
     print(
-        f"{export.entry['name']} at {hub.commit}: {len(files)} files, {len(files) - len(missing)} are "
-        f"here, {needed_bytes / 1e9:.2f} GB to download"
+        f"{dataset} at {hub.commit}: {len(missing)} of {len(files)} files, "
+        f"{needed_bytes / 1e9:.2f} GB, to download"
     )
     free = shutil.disk_usage(args.data_dir).free
     require(

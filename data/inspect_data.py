@@ -61,17 +61,6 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
     return downloaded[0]
 
 
-def open_all(paths: Sequence[Path]) -> None:
-    """Checks all headers. Raises UserError with everything that is wrong."""
-    faults = []
-    for path in paths:
-        try:
-            open_data_shard(path)
-        except UserError as error:
-            faults.append(str(error))
-    require(not faults, "\n  ".join([f"{len(faults)} of {len(paths)} shards:", *faults]))
-
-
 def count_tokens(path: Path, vocab_size: int) -> np.ndarray:
     """How often each token occurs in a shard, (vocab_size,). Raises UserError for other tokens."""
     tokens, histogram = open_data_shard(path), np.zeros(vocab_size, dtype=np.int64)
@@ -146,7 +135,13 @@ def measure_overlap(train: Sequence[Path], val: Sequence[Path], bos: int, thread
 
 def inspect(args: argparse.Namespace) -> None:
     splits = {split: find_data_shards(args.folder, split) for split in ("train", "val")}
-    open_all([path for paths in splits.values() for path in paths])
+    faults = []
+    for path in (*splits["train"], *splits["val"]):
+        try:
+            open_data_shard(path)
+        except UserError as error:
+            faults.append(str(error))
+    require(not faults, "\n  ".join(faults))
     tokenizer = open_tokenizer(find_tokenizer(args.folder, args.tokenizer))
     histogram = 0
     for name, paths in splits.items():

@@ -79,10 +79,11 @@ class Preparation:
         """Adds documents to the corpus, but for those that cannot be normalized."""
         before, after = [], []
         for text in batch:
-            if not is_unicode(text):
+            try:
+                normalized = self.normalize(text)
+            except UnicodeEncodeError:
                 self.left_out["half of a surrogate pair, which is no character"] += 1
                 continue
-            normalized = self.normalize(text)
             if normalized is None:
                 self.left_out["normalization does not come to rest"] += 1
             elif not normalized:
@@ -180,30 +181,16 @@ class Preparation:
         val_bytes = round(self.args.val_fraction * corpus.text_bytes)
         train = self.encode("train", corpus.training(is_val), corpus.text_bytes - val_bytes)
         val = self.encode("val", val_corpus.validation(is_val), val_bytes)
-        altered = self.left_out["its tokens decode to another text"]
-        pieces = self.tokenizer.vocab_size()
+        found -= self.left_out["its tokens decode to another text"]
+        self.left_out["equals a validation document"] = found - train.documents - val.documents
+        top = np.argsort(-self.lost_characters, kind="stable")[:20]
+        lost = {f"U+{c:04X}": int(self.lost_characters[c]) for c in top}
         return {
-            "tokenizer": {**describe_file(self.model), "pieces": pieces},
-            "validation_duplicates_dropped": found - altered - train.documents - val.documents,
+            "tokenizer": {**describe_file(self.model), "pieces": self.tokenizer.vocab_size()},
             "left_out": dict(+self.left_out),
             "normalization_changes": {
                 "documents": self.changed_documents,
-                "lost_characters": most_lost(self.lost_characters),
+                "lost_characters": {c: count for c, count in lost.items() if count > 0},
             },
             "splits": {"train": asdict(train), "val": asdict(val)},
         }
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text holds no lone surrogate, as JSON's escapes can make."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def most_lost(counts: np.ndarray) -> dict[str, int]:
-    """The characters that normalization replaced or removed most often, as U+XXXX."""
-    top = np.argsort(-counts, kind="stable")[:20]
-    return {f"U+{c:04X}": int(counts[c]) for c in top if counts[c] > 0}

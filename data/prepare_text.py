@@ -44,21 +44,16 @@ MANIFEST_NAME, MANIFEST_FORMAT = "manifest.json", 2
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: an integer from `low` to `high`."""
+def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
 
-    def parse(text: str) -> int:
-        if not low <= int(text) <= high:
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
-        return int(text)
+        return kind(text)
 
+    parse.__name__ = kind.__name__  # argparse names the type by it
     return parse
-
-
-def fraction(text: str) -> float:
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,14 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace the shards that DIR holds")
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model; none: train one")
-    sizes = whole_number(RESERVED_PIECES + 20, 65_536)
+    sizes = bounded(int, RESERVED_PIECES + 20, 65_536)
     add("--vocab-size", type=sizes, default=1024, help="pieces of the tokenizer to train, at most")
     text = "of the tokenizer to train; identity loses nothing (default: nmt_nfkc)"
     add("--normalization", choices=NORMALIZATIONS, help=text)
     text = "take a tokenizer without byte fallback: characters are lost"
     add("--allow-unknown", action="store_true", help=text)
     text = "of the text's bytes, held out by document"
-    add("--val-fraction", type=fraction, default=0.08, help=text)
+    add("--val-fraction", type=bounded(float, 0.0001, 0.9999), default=0.08, help=text)
     text = "validation text, instead of a held-out fraction; may be repeated"
     add("--val-input", type=Path, action="append", default=[], metavar="INPUT", help=text)
     add("--text-key", default="text", help="field of a JSON line that holds the text")
@@ -93,10 +88,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--separator", help=text)
     add("--stdin-format", choices=("plain", "jsonl"), default="plain", help="of standard input")
     text = "tokens of a shard"
-    add("--shard-tokens", type=whole_number(1, 1 << 30), default=100_000_000, help=text)
+    add("--shard-tokens", type=bounded(int, 1, 1 << 30), default=100_000_000, help=text)
     text = "chooses the documents to hold out"
-    add("--seed", type=whole_number(0, (1 << 64) - 1), default=1337, help=text)
-    add("--workers", type=whole_number(1, 1024), default=usable_cores(), help="threads")
+    add("--seed", type=bounded(int, 0, (1 << 53) - 1), default=1337, help=text)
+    add("--workers", type=bounded(int, 1, 1024), default=usable_cores(), help="threads")
     return parser
 
 
@@ -135,27 +130,30 @@ def request_of(args: argparse.Namespace, inputs: Any, held_out: TextFiles) -> di
     }
 
 
-def finished_before(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of `output` if it is what `request` asks for.
+def finished_before(output: Path, request: dict[str, Any], overwrite: bool) -> Any:
+    """The manifest of `output` if it is what `request` asks for; None if it is to be made.
 
-    Raises UserError if anything is there that --overwrite must not remove.
+    Raises UserError if other data is there, or anything that --overwrite must not remove.
     """
-    if not output.exists():
+    require(output.is_dir() or not output.exists(), f"--output {output} is a file: choose a folder")
+    there = {path.name for path in output.iterdir()} if output.exists() else set()
+    shards = {name for name in there if name.startswith("fineweb_") and name.endswith(".bin")}
+    foreign = sorted(there - shards - {TOKENIZER_NAME, MANIFEST_NAME})
+    text = f"--output {output} holds {foreign[:1]}, which is no token shard: choose another folder"
+    require(not foreign, text)
+    if overwrite or not there:
         return None
-    require(output.is_dir(), f"--output {output} is a file: choose another name")
-    ours = {TOKENIZER_NAME, MANIFEST_NAME, *(path.name for path in output.glob("fineweb_*.bin"))}
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in ours)
-    require(
-        not foreign,
-        f"--output {output} holds {foreign[:1]}, which is no token shard: choose another folder",
-    )
     try:
         manifest = read_json(output / MANIFEST_NAME)
         repeatable = None not in (request["inputs"], request["val_inputs"])  # not standard input
-        same = repeatable and manifest["request"] == request
+        if repeatable and manifest["request"] == request:
+            return manifest
     except (OSError, UserError, KeyError, TypeError):
-        return None
-    return manifest if same else None
+        pass  # a manifest of something else
+    raise UserError(
+        f"--output {output} already holds other data: choose another folder, or replace it with "
+        "--overwrite"
+    )
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
@@ -164,16 +162,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     inputs = PythonDocs() if args.source == "python-docs" else open_inputs(args, args.inputs)
     held_out = open_inputs(args, args.val_input)
     request = request_of(args, inputs, held_out)
-    finished = finished_before(args.output, request)
-    if not args.overwrite:
-        if finished:
-            print(f"{args.output} holds just this already (--overwrite makes it again)")
-            return finished
-        require(
-            not args.output.exists() or not any(args.output.iterdir()),
-            f"--output {args.output} already holds other data: choose another folder, or replace "
-            "it with --overwrite",
-        )
+    if manifest := finished_before(args.output, request, args.overwrite):
+        print(f"{args.output} holds just this already (--overwrite makes it again)")
+        return manifest
     with staged_folder(args.output) as folder:
         manifest = {"request": request, **Preparation(args, folder).run(inputs, held_out)}
         # ASCII only, as names of files need not be Unicode.
@@ -182,7 +173,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(manifest: dict[str, Any]) -> str:
-    """The manifest as a table for people."""
+    """The manifest as lines for people."""
     rows = []
     for name, split in manifest["splits"].items():
         rows.append(
@@ -198,17 +189,13 @@ def report(manifest: dict[str, Any]) -> str:
             )
     changes = manifest["normalization_changes"]
     most = ", ".join(f"{c} {n:,}" for c, n in list(changes["lost_characters"].items())[:8])
-    return "\n".join(
-        [
-            *rows,
-            f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces",
-            f"normalization changed {changes['documents']:,} documents; replaced or removed most "
-            f"often: {most or 'nothing'}",
-            f"left out: {manifest['validation_duplicates_dropped']:,} duplicates of validation "
-            "documents",
-            *(f"left out: {n:,} documents: {why}" for why, n in manifest["left_out"].items()),
-        ]
-    )
+    rows += [
+        f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces",
+        f"normalization changed {changes['documents']:,} documents; most often it changed "
+        f"{most or 'nothing'}",
+    ]
+    rows += [f"left out: {n:,} documents: {why}" for why, n in manifest["left_out"].items()]
+    return "\n".join(rows)
 
 
 def training_command(output: Path) -> str:

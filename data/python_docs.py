@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 # Left out: what Linux distributions ship as separate packages, so that the corpus depends on the
 # version of Python and not on who built it.
@@ -36,14 +37,6 @@ def docstrings(source: bytes) -> str:
     return "\n\n".join(text for node in nodes if (text := ast.get_docstring(node)))
 
 
-def help_topics(source: bytes) -> list[str]:
-    """The texts of pydoc's `topics` dictionary, in the order of the file."""
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
-            return list(ast.literal_eval(node.value).values())
-    return []
-
-
 def drop_seen_paragraphs(text: str, seen: set[str]) -> str:
     """`text` without the paragraphs in `seen`, to which it adds its own.
 
@@ -61,9 +54,7 @@ def drop_seen_paragraphs(text: str, seen: set[str]) -> str:
 
 def library_texts(library: Path) -> Iterator[str]:
     """The help topics, then each module's docstrings, in an order that never changes."""
-    topics = library / "pydoc_data" / "topics.py"
-    if topics.is_file():
-        yield from help_topics(topics.read_bytes())
+    yield from topics.values()
     for module in library_modules(library):
         yield docstrings((library / module).read_bytes())
 

@@ -70,8 +70,10 @@ class Normalizer:
         """The normalized text; None if normalizing it again and again never comes to rest.
 
         Once is not enough: a control character that is taken out may bring together what is
-        composed only the next time, and encoding would see another text than this.
+        composed only the next time, and encoding would see another text than this. Raises
+        UnicodeEncodeError for half of a surrogate pair.
         """
+        text.encode()
         text = text.replace(SPACE, " ")
         for _ in range(MAX_ROUNDS):
             before = text

@@ -288,7 +288,7 @@ def test_says_what_is_wrong(server, download, tmp_path, monkeypatch, capsys):
     fails("--repo-id", "--repo-id", "no/such")
     fails("--revision", "--revision", "no-such")
     fails("--remote-root", "--remote-root", "elsewhere")
-    fails("there are fineweb10B_sp1024", "--variant", "sp9")
+    fails("has 0 of fineweb10B_sp9", "--variant", "sp9")
     fails("the repository has 3", "--train-shards", "4")
     server.status = 403
     fails("403")
@@ -297,8 +297,8 @@ def test_says_what_is_wrong(server, download, tmp_path, monkeypatch, capsys):
         server, lambda m: m["tokenizers"][0].update(model_path="tokenizers/../../escape")
     )
     fails("outside tokenizers/")
-    change_manifest(server, lambda m: m["datasets"][0].pop("stats"))
-    fails("not of the known form")
+    change_manifest(server, lambda m: m["datasets"][0].pop("tokenizer_name"))
+    fails("in the known form")
     server.files["datasets/manifest.json"] = b"not json"
     fails("not valid JSON")
 
