@@ -1,8 +1,8 @@
 """A corpus that needs no download: the prose that every Python installation carries.
 
 The docstrings of the standard library, one document per module, and the language reference that
-`help()` shows (pydoc's topics), one document per topic: about
-1.6 MB of English. The source files are parsed, never imported, so nothing of them runs.
+`help()` shows (pydoc's topics), one document per topic: about 1.6 MB of English. The source files
+are parsed, never imported, so nothing of them runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
+
+try:
+    from pydoc_data.topics import topics
+except ImportError:  # some distributions leave it out
+    topics = {}
 
 # Left out: what Linux distributions ship as separate packages, so that the corpus depends on the
 # version of Python and not on who built it.
