@@ -56,6 +56,11 @@ def progress(what: str, total: int | None, unit: str = "B") -> tqdm:
     )
 
 
+def note(text: str) -> None:
+    """Prints a line on stderr, above the bar if one is there."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -8,12 +8,12 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from data.command import parse_json
+from data.command import note, parse_json
 from train_gpt import UserError, require
 
 try:
@@ -52,9 +52,7 @@ def find_inputs(paths: Iterable[Path]) -> list[Path]:
             names = (file.relative_to(path) for file in sorted(path.rglob("*")))
             visible = (n for n in names if not any(part.startswith(".") for part in n.parts))
             below = [path / n for n in visible if text_format(n) and (path / n).is_file()]
-            require(
-                bool(below), f"input {path}: the folder holds no file named *{', *'.join(FORMATS)}"
-            )
+            require(bool(below), f"input {path} holds no file named *{', *'.join(FORMATS)}")
             files += below
             continue
         require(path == STDIN or path.is_file(), f"input {path} does not exist: check its name")
@@ -106,39 +104,27 @@ class TextFiles:
     text_key: str = "text"
     separator: str | None = None
     stdin_format: str = "plain"
-    done_bytes: int = field(default=0, init=False)  # of the files as they lie on disk
 
-    @property
-    def total_bytes(self) -> int | None:
-        """The size of all files on disk; None if one is standard input."""
-        if STDIN in self.paths:
-            return None
-        return sum(path.stat().st_size for path in self.paths)
-
-    def identity(self) -> list[dict[str, Any]] | None:
+    def identity(self) -> list[Any] | None:
         """What tells these inputs from changed ones; None if nothing can."""
         if STDIN in self.paths:
             return None
-        stats = [(path, path.stat()) for path in self.paths]
-        return [{"name": p.name, "bytes": s.st_size, "changed": s.st_mtime} for p, s in stats]
+        stats = [(path.name, path.stat()) for path in self.paths]
+        return [[name, stat.st_size, stat.st_mtime] for name, stat in stats]
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
             if path == STDIN:
                 yield from self.documents(sys.stdin.buffer, self.stdin_format, "standard input")
                 continue
-            before = self.done_bytes
-            with path.open("rb") as raw:
-                stream = decompressed(path, raw)
-                try:
-                    for text in self.documents(stream, text_format(path), str(path)):
-                        self.done_bytes = before + raw.tell()
-                        yield text
-                except BROKEN as error:
-                    raise UserError(
-                        f"{path}: its {path.suffix} data are broken ({error}): get it again"
-                    ) from None
-            self.done_bytes = before + path.stat().st_size
+            try:
+                with path.open("rb") as raw:
+                    stream = decompressed(path, raw)
+                    yield from self.documents(stream, text_format(path), str(path))
+            except BROKEN as error:
+                raise UserError(
+                    f"{path}: its {path.suffix} data are broken ({error}): get it again"
+                ) from None
 
     def documents(self, stream: BinaryIO, kind: str, where: str) -> Iterator[str]:
         """The documents of one file; its line ends become \\n, whichever they are."""
@@ -163,7 +149,7 @@ class TextFiles:
             rest += chunk
             if separator is None and END_OF_TEXT in chunk:
                 separator = END_OF_TEXT
-                print(f"note: {where} is divided at {END_OF_TEXT}", file=sys.stderr)
+                note(f"note: {where} is divided at {END_OF_TEXT}")
             if separator:
                 *documents, rest = rest.split(separator)
                 yield from documents
@@ -199,10 +185,9 @@ def enough_documents(texts: Iterable[str]) -> Iterator[str]:
     passage_chars = max(MIN_PASSAGE_CHARS, sum(map(len, first)) // PASSAGES)
     passages = [passage for text in first for passage in cut(text, passage_chars)]
     if len(passages) > len(first):
-        print(
+        note(
             f"note: {len(first)} document(s) are few to hold some out of: cut at blank lines, line "
             f"ends or spaces into {len(passages)} of up to {passage_chars:,} characters "
-            "(--separator says otherwise)",
-            file=sys.stderr,
+            "(--separator says otherwise)"
         )
     yield from passages

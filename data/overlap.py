@@ -8,7 +8,6 @@ same ones on both sides, so the fractions stay unbiased.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -65,30 +64,23 @@ def shingle_hashes(tokens: np.ndarray) -> np.ndarray:
     return combined(hashes[:-overhang], hashes[overhang:])
 
 
-@dataclass
-class Block:
-    """Whole documents: hashes of them, and of the shingles inside each with the document's place.
+def block_hashes(
+    tokens: np.ndarray, bos: int, sample_shift: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of documents and of shingles inside them, and each shingle's place in the documents.
 
-    Tokens before the first BOS count as a document, too.
+    Tokens before the first BOS count as a document, too. Only shingles whose lowest `sample_shift`
+    hash bits are 0 are there.
     """
-
-    documents: np.ndarray  # (documents,) uint64
-    shingles: np.ndarray  # (shingles,) uint64
-    owners: np.ndarray  # (shingles,) places in `documents`
-
-    @classmethod
-    def of(cls, tokens: np.ndarray, bos: int, sample_shift: int) -> Block:
-        is_start = tokens == bos
-        is_start[0] = True
-        texts = np.split(tokens, np.flatnonzero(is_start)[1:])
-        digests = [blake2b(text.tobytes(), digest_size=8).digest() for text in texts]
-        hashes = shingle_hashes(tokens)
-        owner = np.cumsum(is_start) - 1
-        first, last = owner[: len(hashes)], owner[SHINGLE_TOKENS - 1 :]
-        inside = (first == last) & (tokens[: len(hashes)] != bos)
-        sampled = (hashes & np.uint64((1 << sample_shift) - 1)) == 0
-        kept = inside & sampled
-        return cls(np.frombuffer(b"".join(digests), dtype="<u8"), hashes[kept], first[kept])
+    is_start = tokens == bos
+    is_start[0] = True
+    texts = np.split(tokens, np.flatnonzero(is_start)[1:])
+    digests = b"".join(blake2b(text.tobytes(), digest_size=8).digest() for text in texts)
+    hashes, document = shingle_hashes(tokens), np.cumsum(is_start) - 1
+    first, last = document[: len(hashes)], document[SHINGLE_TOKENS - 1 :]
+    kept = (first == last) & (tokens[: len(hashes)] != bos)
+    kept &= (hashes & np.uint64((1 << sample_shift) - 1)) == 0
+    return np.frombuffer(digests, dtype="<u8"), hashes[kept], first[kept]
 
 
 class ValidationIndex:
@@ -97,23 +89,26 @@ class ValidationIndex:
     def __init__(self, paths: Sequence[Path], bos: int) -> None:
         total = sum(len(open_data_shard(path)) for path in paths)
         self.bos, self.sample_shift = bos, max(0, (total // MAX_SHINGLES).bit_length())
-        blocks = [Block.of(t, bos, self.sample_shift) for t in document_blocks(paths, bos)]
-        firsts = np.cumsum([0, *(len(block.documents) for block in blocks)])
-        self.documents = np.concatenate([block.documents for block in blocks])
-        self.owners = np.concatenate([b.owners + f for b, f in zip(blocks, firsts, strict=False)])
-        shingles = np.concatenate([block.shingles for block in blocks])
-        self.shingles, self.places = np.unique(shingles, return_inverse=True)
+        documents, shingles, owners, count = [], [], [], 0
+        for tokens in document_blocks(paths, bos):
+            found = block_hashes(tokens, bos, self.sample_shift)
+            documents.append(found[0])
+            shingles.append(found[1])
+            owners.append(found[2] + count)
+            count += len(found[0])
+        self.documents, self.owners = np.concatenate(documents), np.concatenate(owners)
+        self.shingles, self.places = np.unique(np.concatenate(shingles), return_inverse=True)
         self.document_seen = np.zeros(len(self.documents), dtype=bool)
         self.shingle_seen = np.zeros(len(self.shingles), dtype=bool)
 
     def look_up(self, tokens: np.ndarray) -> None:
         """Marks what stands in a block of training documents; several threads may do so at once."""
-        block = Block.of(tokens, self.bos, self.sample_shift)
-        self.document_seen[np.isin(self.documents, block.documents)] = True
+        documents, shingles, _ = block_hashes(tokens, self.bos, self.sample_shift)
+        self.document_seen[np.isin(self.documents, documents)] = True
         if len(self.shingles):
-            places = np.searchsorted(self.shingles, block.shingles)
+            places = np.searchsorted(self.shingles, shingles)
             places = np.minimum(places, len(self.shingles) - 1)
-            self.shingle_seen[places[self.shingles[places] == block.shingles]] = True
+            self.shingle_seen[places[self.shingles[places] == shingles]] = True
 
     def report(self) -> str:
         seen, documents = self.shingle_seen[self.places], len(self.documents)

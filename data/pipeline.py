@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.command import progress
+from data.command import note, progress
 from data.corpus import Corpus, batches
 from data.documents import TextFiles, enough_documents
 from data.shards import ShardWriter, describe_file, split_bytes
@@ -65,13 +64,13 @@ class Preparation:
         self.characters = np.zeros(UNICODE_SIZE, dtype=np.int64)  # of the normalized text
         self.lost_characters = np.zeros(UNICODE_SIZE, dtype=np.int64)  # by normalization, net
 
-    def spill(self, what: str, source: Any, texts: Iterable[str]) -> Corpus:
-        """The normalized documents of `source`, on disk."""
+    def spill(self, what: str, texts: Iterable[str]) -> Corpus:
+        """The normalized documents, on disk."""
         corpus = Corpus(self.folder, self.args.seed)
-        with progress(f"read {what}", source.total_bytes) as bar:
+        with progress(f"read {what}", None) as bar:
             for batch in batches(texts, BATCH_CHARS):
                 self.add(corpus, batch)
-                bar.update(source.done_bytes - bar.n)
+                bar.update(corpus.text_bytes - bar.n)
         require(corpus.count > 0, f"the {what} holds no text: give files that do")
         return corpus
 
@@ -102,22 +101,14 @@ class Preparation:
         size, rule = self.args.vocab_size, self.args.normalization
         rare = rare_characters(self.characters, size)
         if rare:
-            print(
-                f"note: {len(rare):,} rare characters get no piece of their own but bytes: for "
-                f"shorter sequences raise --vocab-size {size}",
-                file=sys.stderr,
-            )
+            note(f"note: {len(rare):,} rare characters are left to bytes: --vocab-size {size}")
         sample = corpus.sample(is_val, TOKENIZER_SAMPLE_BYTES)
-        print(f"training a tokenizer of {size:,} pieces", file=sys.stderr)
+        note(f"training a tokenizer of {size:,} pieces")
         texts = (text.translate(rare) for text in sample) if rare else sample
         self.model.write_bytes(train_tokenizer(texts, size, rule, self.args.workers))
         self.tokenizer = open_tokenizer(self.model)
         if (pieces := self.tokenizer.vocab_size()) < size:
-            print(
-                f"note: the vocabulary is lowered from {size:,} to {pieces:,} pieces: the text "
-                "supports no more",
-                file=sys.stderr,
-            )
+            note(f"note: --vocab-size is lowered from {size:,} to {pieces:,}: the text has no more")
 
     def encode(self, name: str, documents: Iterator[str], about_bytes: int) -> Split:
         """Writes the shards of a split and checks them against the text."""
@@ -166,10 +157,9 @@ class Preparation:
     def run(self, inputs: Any, held_out: TextFiles) -> dict[str, Any]:
         """Makes the tokenizer and all shards; returns what the manifest says of them."""
         divide_few = not held_out.paths and self.args.separator is None
-        texts = enough_documents(inputs) if divide_few else inputs
-        corpus = self.spill("input", inputs, texts)
+        corpus = self.spill("input", enough_documents(inputs) if divide_few else inputs)
         if held_out.paths:
-            val_corpus = self.spill("validation input", held_out, held_out)
+            val_corpus = self.spill("validation input", held_out)
             is_val = {key for key, _ in val_corpus.documents()}.__contains__
             found = corpus.count + val_corpus.count
         else:

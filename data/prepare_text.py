@@ -192,7 +192,7 @@ def report(manifest: dict[str, Any]) -> str:
     rows += [
         f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces",
         f"normalization changed {changes['documents']:,} documents; most often it changed "
-        f"{most or 'nothing'}",
+        f"{most or 'nothing'} (--normalization identity keeps them)",
     ]
     rows += [f"left out: {n:,} documents: {why}" for why, n in manifest["left_out"].items()]
     return "\n".join(rows)

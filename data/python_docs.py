@@ -66,15 +66,11 @@ def library_texts(library: Path) -> Iterator[str]:
 class PythonDocs:
     """The documents; which and in what order depends on the version of Python alone."""
 
-    total_bytes: int | None = None
-    done_bytes = 0
-
     def __iter__(self) -> Iterator[str]:
         seen: set[str] = set()
         for text in library_texts(Path(sysconfig.get_path("stdlib"))):
             document = drop_seen_paragraphs(text, seen)
             if len(document) >= MIN_DOCUMENT_CHARS:
-                self.done_bytes += len(document)
                 yield document
 
     def identity(self) -> list[str]:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from data.command import note
 from train_gpt import (
     SHARD_HEADER_WORDS,
     SHARD_MAGIC,
@@ -109,10 +109,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
             f"--output {output}: its folder cannot be written ({error.strerror}): choose another"
         ) from None
     for leftover in leftovers:
-        print(
-            f"note: {leftover} is left from a run that was killed; remove it if none is at work",
-            file=sys.stderr,
-        )
+        note(f"note: {leftover} is left from a run that was killed; remove it if none is at work")
     try:
         folder = aside / "new"
         folder.mkdir()

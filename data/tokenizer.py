@@ -136,12 +136,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, rule: str, threads: i
     return model.getvalue()
 
 
-def boundaries(tokenizer: spm.SentencePieceProcessor) -> np.ndarray:
-    """Which tokens are no text: control, unknown and unused ones, (vocabulary,) bool."""
-    kinds = (tokenizer.IsControl, tokenizer.IsUnknown, tokenizer.IsUnused)
-    return np.array([any(is_kind(i) for is_kind in kinds) for i in range(tokenizer.vocab_size())])
-
-
 def check_token_bytes(
     tokenizer: spm.SentencePieceProcessor, table: TokenBytes, tokens: np.ndarray
 ) -> None:
@@ -153,7 +147,8 @@ def check_token_bytes(
     prefix = tokens[:CHECKED_TOKENS].astype(np.int64)
     while len(prefix) > 1 and tokenizer.IsByte(int(prefix[-1])):
         prefix = prefix[:-1]  # a character cut in two would decode to U+FFFD
-    ends = np.flatnonzero(boundaries(tokenizer)[prefix]).tolist()
+    no_text = (tokenizer.IsControl, tokenizer.IsUnknown, tokenizer.IsUnused)
+    ends = [i for i, token in enumerate(prefix.tolist()) if any(kind(token) for kind in no_text)]
     text_bytes = 0
     for start, end in pairwise([-1, *ends, len(prefix)]):
         text = tokenizer.Decode(prefix[start + 1 : end].tolist())
