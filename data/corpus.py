@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,11 +18,6 @@ from train_gpt import UserError
 
 RECORD = struct.Struct("<QI")  # hash, length of the UTF-8 text that follows
 BIN_BITS = 16
-
-
-def content_hash(text: bytes, seed: int) -> int:
-    """64 bits that are equal for equal texts and, for other texts, as good as random."""
-    return int.from_bytes(blake2b(text, digest_size=8, key=seed.to_bytes(8, "little")).digest())
 
 
 def batches(texts: Iterable[str], batch_chars: int) -> Iterator[list[str]]:
@@ -39,17 +34,17 @@ def batches(texts: Iterable[str], batch_chars: int) -> Iterator[list[str]]:
 
 
 class Corpus:
-    """Documents in a nameless file in `folder`, each with the hash of its text."""
+    """Documents in a nameless file in `folder`, each with a hash of its text and `seed`."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.seed = seed
+        self.hash_key = seed.to_bytes(8, "little")
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this)
         self.count, self.text_bytes = 0, 0
         self.bin_bytes = np.zeros(1 << BIN_BITS, dtype=np.int64)
 
     def add(self, text: str) -> None:
         data = text.encode()
-        key = content_hash(data, self.seed)
+        key = int.from_bytes(blake2b(data, digest_size=8, key=self.hash_key).digest())
         self.file.write(RECORD.pack(key, len(data)) + data)
         self.bin_bytes[key >> (64 - BIN_BITS)] += len(data)
         self.count += 1
@@ -62,6 +57,26 @@ class Corpus:
             key, length = RECORD.unpack(header)
             yield key, self.file.read(length).decode()
 
+    def training(self, is_val: Callable[[int], bool]) -> Iterator[str]:
+        """The documents that are not held out and equal none that is."""
+        return (text for key, text in self.documents() if not is_val(key))
+
+    def validation(self, is_val: Callable[[int], bool]) -> Iterator[str]:
+        """The held-out documents, each once."""
+        seen: set[int] = set()
+        for key, text in self.documents():
+            if is_val(key) and key not in seen:
+                seen.add(key)
+                yield text
+
+    def sample(self, is_val: Callable[[int], bool], sample_bytes: int) -> Iterator[str]:
+        """About `sample_bytes` of the training documents, chosen by their hash."""
+        limit = sample_bytes / self.text_bytes * (1 << 32)
+        for key, text in self.documents():
+            # The hash's high bits divide the splits; its low ones are independent of them.
+            if not is_val(key) and (key & 0xFFFFFFFF) < limit:
+                yield text
+
     def validation_limit(self, fraction: float) -> int:
         """The hash below which a document is held out: about `fraction` of the bytes are.
 
@@ -72,8 +87,8 @@ class Corpus:
         if len(filled) < 2:
             raise UserError(
                 f"{self.count} document(s), of them {len(filled)} different: a held-out validation "
-                "split needs two or more: give more documents, cut the text with --separator, or "
-                "name validation text with --val-input"
+                "split needs two or more: give more text, another --separator, or name validation "
+                "text with --val-input"
             )
         held_out = np.cumsum(self.bin_bytes[filled])[:-1]  # the last bin always trains
         last = int(np.argmin(np.abs(held_out - fraction * self.text_bytes)))

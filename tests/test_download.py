@@ -14,9 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import download_fineweb, hub
-
 constants = pytest.importorskip("huggingface_hub.constants", reason="no huggingface_hub")
+
+from data import download_fineweb  # noqa: E402 (it needs the package)
 
 REPO, COMMIT = "someone/export", "c0ffee" * 6 + "beef"
 FOLDER = "datasets/fineweb10B_sp1024"
@@ -101,24 +101,6 @@ class Handler(BaseHTTPRequestHandler):
         self.error(401, "RepoNotFound")
         return False
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        if not self.allowed():
-            return
-        assert self.path == f"/api/datasets/{REPO}/paths-info/{COMMIT}"
-        found = []
-        for path in urllib.parse.parse_qs(body)["paths"]:
-            if path in self.hub.files:
-                data = self.hub.files[path]
-                entry = {"type": "file", "path": path, "size": len(data)}
-                git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-                entry["oid"] = git if path.endswith(".json") else "0" * 40
-                if not path.endswith(".json"):
-                    sha = hashlib.sha256(data).hexdigest()
-                    entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
-                found.append(entry)
-        self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
-
     def do_HEAD(self):
         self.do_GET()
 
@@ -131,12 +113,30 @@ class Handler(BaseHTTPRequestHandler):
         elif path == f"/api/datasets/{REPO}/revision/main":
             info = {"id": REPO, "sha": COMMIT, "private": False, "tags": [], "siblings": []}
             self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
+        elif path.startswith(f"/api/datasets/{REPO}/tree/{COMMIT}/"):
+            self.tree(path.split(f"{COMMIT}/", 1)[1].split("?")[0])
         elif path.startswith(f"/datasets/{REPO}/resolve/{COMMIT}/"):
             self.resolve(path.split(f"{COMMIT}/", 1)[1])
         elif path.startswith(f"/api/datasets/{REPO}/revision/"):
             self.error(404, "RevisionNotFound")
         else:
             self.error(404, "RepoNotFound")
+
+    def tree(self, folder):
+        found = []
+        for path, data in self.hub.files.items():
+            if not path.startswith(f"{folder}/"):
+                continue
+            git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            entry = {"type": "file", "path": path, "size": len(data), "oid": git}
+            if not path.endswith(".json"):
+                sha = hashlib.sha256(data).hexdigest()
+                entry |= {"oid": "0" * 40, "lfs": {"oid": sha, "size": len(data), "pointerSize": 9}}
+            found.append(entry)
+        if found:
+            self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
+        else:
+            self.error(404, "EntryNotFound")
 
     def resolve(self, path):
         if self.hub.status:
@@ -186,7 +186,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     # The client resumes after its last whole chunk; its 10 MB are more than the shards here.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
@@ -206,7 +205,9 @@ def download(server, tmp_path):
 
 
 def local_files(tmp_path):
-    files = (p for p in (tmp_path / "data").rglob("*") if p.is_file() and "cache" not in p.parts)
+    files = (
+        p for p in (tmp_path / "data").rglob("*") if p.is_file() and ".download" not in p.parts
+    )
     return {str(p.relative_to(tmp_path / "data")): p.read_bytes() for p in files}
 
 
@@ -287,19 +288,19 @@ def test_says_what_is_wrong(server, download, tmp_path, monkeypatch, capsys):
     fails("--repo-id", "--repo-id", "no/such")
     fails("--revision", "--revision", "no-such")
     fails("--remote-root", "--remote-root", "elsewhere")
-    fails("the repository has sp1024", "--variant", "sp9")
+    fails("has 0 of fineweb10B_sp9", "--variant", "sp9")
     fails("the repository has 3", "--train-shards", "4")
     server.status = 403
-    fails("HTTP 403")
+    fails("403")
     server.status = None
     change_manifest(
         server, lambda m: m["tokenizers"][0].update(model_path="tokenizers/../../escape")
     )
     fails("outside tokenizers/")
-    change_manifest(server, lambda m: m["datasets"][0].pop("stats"))
-    fails("not of the known form")
+    change_manifest(server, lambda m: m["datasets"][0].pop("tokenizer_name"))
+    fails("in the known form")
     server.files["datasets/manifest.json"] = b"not json"
-    fails("no JSON")
+    fails("not valid JSON")
 
 
 def test_refuses_a_changed_export_a_full_disk_and_a_shard_that_is_none(
