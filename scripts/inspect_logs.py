@@ -260,8 +260,10 @@ def build_run(path: Path, text: str) -> Run:
     events = [event for event in parsed if event is not None]
     older, problems = not any(event.name == "run" for event in events), []
     for number, (line, event) in enumerate(zip(lines, parsed, strict=True), 1):
-        # An older log has its source and free text between the lines.
-        if event is None and line.strip() and not older:
+        # An older log has its source and free text between the lines, and the last line of a
+        # killed run, which the run line of another follows, may be cut.
+        killed = number < len(parsed) and parsed[number] and parsed[number].name == "run"
+        if event is None and line.strip() and not older and not killed:
             problems.append(f"line {number} is damaged and was not used: {line[:60]!r}")
     if cut:
         problems.append(f"line {len(lines) + 1} is cut off and was not used: {cut[:60]!r}")

@@ -58,13 +58,11 @@ def draw_curve(axis: Any, points: Curve, **style: Any) -> None:
 
 
 def smooth(points: Curve, reach: int = 3) -> Curve:
-    """Means over the points at most `reach` away; fewer at both ends, so that none is shifted."""
-    result = []
-    for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
-        window = [y for _, y in points[i - near : i + near + 1]]
-        result.append((x, sum(window) / len(window)))
-    return result
+    """Means of each point with the `reach` before and after it; of few points, these themselves."""
+    if len(points) < 4 * reach:
+        return points
+    windows = [points[i - reach : i + reach + 1] for i in range(reach, len(points) - reach)]
+    return [(window[reach][0], sum(y for _, y in window) / len(window)) for window in windows]
 
 
 def series(run: Run, key: str) -> Curve:
@@ -249,7 +247,8 @@ def draw_validation(plt: Any, runs: Sequence[Run]) -> Any:
         ends += [bpb for _, bpb in points[len(points) // 3 :]]
     low, high = min(ends, default=0), max(ends, default=1)
     axis.set(xlabel="seconds of training", ylabel="validation, bits per byte")
-    axis.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low) or None)
+    room = (high - low) or 0.1
+    axis.set_ylim(low - 0.05 * room, high + 0.2 * room)
     handles = [plt.Line2D([], [], color=colour(i)) for i in range(len(kinds))]
     figure.legend(handles, kinds, loc="outside upper center", ncols=2)
     return figure
@@ -322,7 +321,7 @@ def byte_parts(run: Run) -> dict[str, float]:
         return whole
     try:
         sizes = compressed_parts(artifact)
-    except (ImportError, ValueError):  # no torch here, or an artifact of another train_gpt.py
+    except (ImportError, AttributeError, ValueError):  # no torch, or another train_gpt.py's
         return whole
     scale = model / sum(sizes.values())
     return {**{name: size * scale for name, size in sizes.items()}, "code": code}

@@ -181,6 +181,19 @@ def training_errors(run: Run) -> Iterator[str]:
         yield f"max_wallclock_seconds={text} is neither a number nor None"
 
 
+def ttt_errors(run: Run) -> Iterator[str]:
+    """What a log says of test-time training that cannot be true."""
+    chunk, final = run.last("ttt_chunk"), run.last(logs.SCORES["ttt"])
+    done, _, chunks = chunk.pairs.get("chunk", "").partition("/")
+    so_far, whole = chunk.number("val_bpb"), final.number("val_bpb")
+    # After the last chunk the whole text is scored; older logs have six digits of it.
+    if done and done == chunks and whole and not abs((so_far or 0.0) - whole) <= 1e-5 * whole:
+        yield f"its last ttt_chunk has val_bpb:{so_far}, legal_ttt_exact {whole:.8f}"
+    trained, _, planned = final.pairs.get("epochs", "0/0").partition("/")
+    if not (trained.isdecimal() and planned.isdecimal() and int(trained) <= int(planned)):
+        yield f"legal_ttt_exact has epochs:{final.pairs['epochs']}, it should be done/planned"
+
+
 def artifact_errors(run: Run) -> Iterator[str]:
     code, model, total = (run.bytes.get(key) for key in logs.SIZES)
     if None in (code, model, total) or code + model != total:
@@ -200,8 +213,9 @@ def log_errors(runs: Sequence[Run]) -> Iterator[str]:
         name = run.path.name
         if run.missing:
             yield f"{name} is missing {'; '.join(run.missing)}: the run did not finish"
-        for errors in (run.problems, score_errors(run), training_errors(run), artifact_errors(run)):
-            yield from (f"{name}: {text}" for text in errors)
+        yield from (f"{name}: {text}" for text in run.problems)
+        for errors in (score_errors, training_errors, ttt_errors, artifact_errors):
+            yield from (f"{name}: {text}" for text in errors(run))
         for text in logs.differences(runs[0].events, run.events):
             yield f"{runs[0].path.name} and {name} differ in {text}"
     seeds = [run.seed for run in runs]
@@ -405,7 +419,7 @@ def package(args: argparse.Namespace) -> Path:
     runs = read_logs(source)
     if not runs:
         raise RecordError(f"{source} has no train_seed<N>.log: scripts/run_seeds.sh makes them")
-    notes = args.notes.read_text(encoding="utf-8").strip() if args.notes else ""
+    notes = read_notes(args.notes) if args.notes else "Nothing was noted down for this record."
     submission = build_submission(runs, identity, args.track, logs.read_base(args))
     target = RECORDS / submission["track"] / folder_name(submission)
     if target.exists() and not args.replace:
@@ -419,7 +433,6 @@ def package(args: argparse.Namespace) -> Path:
         pictures = draw_pictures(runs, folder)
         submission["files"] = file_sums([*(run.path for run in runs), *pictures])
         readme = checked_readme(submission, runs, [path.name for path in pictures])
-        notes = notes or "Nothing was noted down for this record."
         texts = {SUBMISSION: to_json(submission), README: f"{readme}\n{notes}\n"}
         for name, text in (texts | {REQUIREMENTS: requirements(runs[0])}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -431,6 +444,13 @@ def package(args: argparse.Namespace) -> Path:
             target.replace(Path(scratch, "old"))
         folder.replace(target)
     return target
+
+
+def read_notes(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeError:
+        raise RecordError(f"--notes: {path} is no text in UTF-8: convert it") from None
 
 
 def draw_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:

@@ -245,7 +245,8 @@ def resumed(checkpoint: int | None) -> str:
         match = re.match(r"(?:step|progressive_passes step):(\d+)", line)
         if not match or int(match[1]) > checkpoint - line.startswith("progressive"):
             later.append(line)
-    return f"{header}{KILLED}\n{header}resume step:{checkpoint} train_time:1ms\n{''.join(later)}"
+    again = f"{header}resume step:{checkpoint} train_time:1ms\n{''.join(later)}"
+    return f"{header}{KILLED}step:26/40 cut with\n{again}"
 
 
 @pytest.mark.parametrize("checkpoint", [20, 10, None])

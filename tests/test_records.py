@@ -149,6 +149,8 @@ def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path, capsys):
     assert "has more than a line" in refusal(name="a\nb")
     assert "or is no UTF-8" in refusal(name="a \udce9")
     assert "x.md" in refusal("--notes", str(tmp_path / "x.md"))
+    (tmp_path / "x.md").write_bytes(b"\xe9")
+    assert "is no text in UTF-8" in refusal("--notes", str(tmp_path / "x.md"))
     (source / "train_seed2.log").write_text(complete_log(2).replace("fingerprint:00ff", "x:1"))
     assert "differ in train data" in refusal()
     (source / "train_seed2.log").write_text(complete_log(2).replace("train_gpt.py b", "x.py b"))
@@ -274,6 +276,8 @@ CONTRADICTIONS = {
     "tokens": ("tokens:62021846", "tokens:62021847", "tokens:62021845, not 1 less than data"),
     "no bytes": (" bytes:151080891 seconds:9.5 ep", " ep", "legal_ttt_exact lacks val_loss"),
     "two texts": ("80891 seconds:9.5 ep", "80892 seconds:9.5 ep", "scores are of different texts"),
+    "chunk": ("20/20 val_bpb:2.01", "20/20 val_bpb:2.0101", "last ttt_chunk has val_bpb:2.0101"),
+    "epochs": ("epochs:57/57", "epochs:58/57", "legal_ttt_exact has epochs:58/57"),
     "step": ("step:40/40", "step:41/40", "a line is of step 41, training stopped after step 40"),
     "phase": ("passes step:30", "passes step:50", "a line is of step 50"),
     "clock": ("stop step:40 train_time:700ms", "stop step:40 train_time:699ms", "ended at 0.700 s"),
