@@ -124,14 +124,15 @@ def add_legend(plt: Any, figure: Any, runs: Sequence[Run], **more: Mapping[str, 
 def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
     in_bytes = any(series(run, "train_bpb") for run in runs)
     key, label = ("train_bpb", "bits per byte") if in_bytes else ("train_loss", "nats per token")
-    curves = [smooth(series(run, key)) for run in runs]
-    ends = [(x, y) for curve in curves for x, y in curve[len(curve) // 2 :]]
-    if not ends:
+    found = [series(run, key) for run in runs]
+    if not any(found):
         return None
+    curves = [smooth(points) for points in found]
+    ends = [point for points in found for point in points[len(points) // 2 :]]
     figure, (whole, end) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
     for i, (run, curve) in enumerate(zip(runs, curves, strict=True)):
         for axis in (whole, end):
-            draw_curve(axis, series(run, key), color=colour(i), alpha=0.2, linewidth=1.2)
+            draw_curve(axis, found[i], color=colour(i), alpha=0.2, linewidth=1.2)
             draw_curve(axis, curve, color=colour(i))
             for point in validations(run) if in_bytes else []:
                 axis.plot(*point, "o", color=colour(i), markeredgecolor="white", markersize=9)
@@ -141,8 +142,8 @@ def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
         xlabel="step", ylabel=f"training, {label}", ylim=(None, top + 0.5 * (top - values[0]))
     )
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*ends, strict=True))
-    room = 0.25 * (high - low) or 0.1
-    end.set(xlabel="step", xlim=(left, 1.02 * right), ylim=(low - room, high + 2 * room))
+    room = 0.1 * (high - low) or 0.1
+    end.set(xlabel="step", xlim=(left, 1.02 * right), ylim=(low - room, high + 3 * room))
     end.set_title("the second half, enlarged")
     for axis in (whole, end):
         draw_marks(axis, runs if axis is end else runs[:1])

@@ -53,6 +53,7 @@ REQUIREMENTS = "requirements.txt"
 REQUIRED = {SCRIPT, SUBMISSION, README, REQUIREMENTS}
 LOG_NAME = re.compile(r"train_seed(\d+)\.log")
 PICTURE_NAME = re.compile(r"[a-z_]+\.png")
+DATA_PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 MAX_JSON_BYTES = 1 << 20
 # Text of FineWeb's validation split (50,000 documents): 151.08 million bytes, by any lossless
 # tokenizer; published losses and bpb imply 151,079,964.
@@ -269,7 +270,7 @@ def build_submission(
     errors = errors or list(limit_errors(runs, str(track)))
     if errors:
         raise RecordError("\n".join(errors))
-    logs.final_scores(runs)
+    scores = logs.final_scores(runs)
     spreads, first = logs.summarize(runs), runs[0]
     bpb, loss = spreads[f"{first.final}_val_bpb"], spreads["val_loss"]
     return {
@@ -282,10 +283,13 @@ def build_submission(
         "val_loss_std": rounded(loss.std),
         "val_bpb": rounded(bpb.mean),
         "std": rounded(bpb.std),
-        "val_tokens": first.scores[first.final].tokens,
-        "val_bytes": first.scores[first.final].bytes,
+        "val_tokens": scores[0].tokens,
+        "val_bytes": scores[0].bytes,
         "seeds": [run.seed for run in runs],
-        "seed_results": {run.label: seed_result(run) for run in runs},
+        "seed_results": {
+            run.label: {"val_bpb": score.val_bpb, **rounded(logs.figures(run))}
+            for run, score in zip(runs, scores, strict=True)
+        },
         "remarks": [f"seed {run.label}: {text}" for run in runs for text in remarks(run)],
         "bytes_total": max(run.bytes["total_bytes"] for run in runs),
         "bytes_code": first.bytes["code_bytes"],
@@ -296,10 +300,6 @@ def build_submission(
         "code_sha256": first.last("code").pairs["sha256"],
         "comparison": rounded(logs.compare(runs, base)) if base else None,
     }
-
-
-def seed_result(run: Run) -> dict[str, float]:
-    return rounded({"val_bpb": run.scores[str(run.final)].val_bpb, **logs.figures(run)})
 
 
 def rounded(value: Any) -> Any:
@@ -613,8 +613,7 @@ def read_env(path: Path) -> dict[str, str]:
         raise RecordError(f"--env: {path} cannot be read ({error})") from None
     matches = [re.fullmatch(r"(?:export )?([A-Z][A-Z0-9_]*)=(.*?)\s*", line) for line in lines]
     env = {match[1]: match[2].strip("\"'") for match in matches if match}
-    paths = ("DATA_PATH", "TOKENIZER_PATH")
-    return env | {name: str(ROOT / env[name]) for name in paths if name in env}
+    return env | {name: str(ROOT / env[name]) for name in DATA_PATHS if name in env}
 
 
 def rerun(folder: Path, env_file: Path) -> list[str]:
@@ -623,6 +622,7 @@ def rerun(folder: Path, env_file: Path) -> list[str]:
     if not list(Path(env.get("DATA_PATH", "")).glob("fineweb_val_*.bin")):
         text = "has no validation shard: bash scripts/demo.sh makes the demo's"
         return [f"DATA_PATH={env.get('DATA_PATH')} {text}"]
+    env |= {name: str(Path(env[name]).resolve()) for name in DATA_PATHS if name in env}
     before = set(folder.iterdir())
     with tempfile.TemporaryDirectory() as output:
         env |= {"OUTPUT_DIR": output, "RUN_ID": "rerun"}
@@ -685,7 +685,8 @@ def check_command(args: argparse.Namespace) -> int:
             print("  refused: " + text.replace("\n", "\n    "))
         failed |= bool(errors)
     root = RECORDS.parent / SUBMISSION
-    if args.all and root.read_bytes() not in [(r / SUBMISSION).read_bytes() for r in records]:
+    copies = [path.read_bytes() for path in (r / SUBMISSION for r in records) if path.is_file()]
+    if args.all and copies and not (root.is_file() and root.read_bytes() in copies):
         print(f"refused: {root} is no record's: copy that of the record which speaks for all")
         failed = True
     return int(failed)
