@@ -466,10 +466,12 @@ def draw_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 def print_notes(folder: Path) -> None:
     """What the author should know before the record is published."""
-    submission = read_submission(folder / SUBMISSION)
+    submission, runs = read_submission(folder / SUBMISSION), read_logs(folder)
     for text in submission["remarks"]:
         print(f"note: {text}")
-    values = {value for run in read_logs(folder) for value in run.config.values()}
+    for text in limit_errors(runs, TEN_MINUTE_TRACK):
+        print(f"note: not on the contest's track: {text}")
+    values = {value for run in runs for value in run.config.values()}
     for path in sorted(value for value in values if Path(value).is_absolute()):
         print(f"note: the logs name {path}, which publishing them shows")
 
@@ -700,6 +702,8 @@ def main(argv: Sequence[str]) -> int:
         folder = package(args)
         print(f"packaged and checked: {folder}")
         print_notes(folder)
+    except BrokenPipeError:
+        raise  # run_command's
     except (RecordError, LogError, OSError) as error:
         print("error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
         return 2

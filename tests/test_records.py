@@ -174,6 +174,7 @@ def test_the_demo_is_never_taken_for_the_contest(source, tmp_path, capsys):
     assert (found["track"], found["leaderboard_comparable"]) == (record.OPEN_TRACK, False)
     assert found["hardware"] == "CPU x86_64 x2, processes: 1"
     assert record.NOT_COMPARABLE in (folder / "README.md").read_text()
+    assert "note: not on the contest's track: track_10min_16mb is for" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- refusals
