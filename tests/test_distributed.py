@@ -22,8 +22,8 @@ import train_gpt
 from train_gpt import Trainer, read_checkpoint
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import inspect_logs
 import record
-import run_log
 
 # Neither 2, 3 nor 8 ranks divide the banks' 5 and 10 rows, the batch's 7 sequences, the validation
 # windows or the sequences of a chunk (7, in batches of 4).
@@ -147,11 +147,11 @@ def same_run(done: Finished, expected: Finished) -> None:
     artifacts = [f.folder / "run.int6.xz" for f in (done, expected)]
     assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
     assert done.metrics("run") == expected.metrics("run")
-    run = run_log.read_run(done.folder / "run.txt")
+    run = inspect_logs.read_run(done.folder / "run.txt")
     assert run.problems == []
     lines = "".join(
         " ".join(f"{key}:{value}" for key, value in line.event.pairs.items()) + "\n"
-        for line in run.steps_logged
+        for line in run.step_lines
     )
     assert steps(lines) == steps(expected.log("run"))
 
@@ -291,7 +291,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
         assert losses == pytest.approx(run_of(1)[1][8:], rel=1e-5)
     else:
         assert "training early" in "\n".join(
-            record.consistency_errors([run_log.read_run(tmp_path / "run.txt")])
+            record.log_errors([inspect_logs.read_run(tmp_path / "run.txt")])
         )
 
 
