@@ -88,9 +88,8 @@ def test_the_file_alone_is_the_trainer_and_executes_no_data():
 
 def readme_commands() -> list[str]:
     """Each line of a code block that starts a program, without its prompt and comment."""
-    blocks = re.findall(
-        r"```(?:bash|sh|console)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ").split("#")[0].strip() for line in lines]
 
