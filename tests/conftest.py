@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # At these sizes threads cost more than they gain; the variable is for subprocesses.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.compiler.set_stance("force_eager")  # as the trainer itself does on a CPU
 
 SETTINGS = {
     "train_seq_len": 32, "num_layers": 11, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
@@ -145,8 +146,7 @@ def random_model():
         model = train_gpt.GPT(hp)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                matrix = name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-                spread = 0.7 * p.size(-1) ** -0.5 if matrix else 0.3
+                spread = 0.7 * p.size(-1) ** -0.5 if name in train_gpt.BANKS else 0.3
                 p.add_(torch.randn_like(p) * spread)
         return model
 
@@ -162,6 +162,9 @@ class Lines(train_gpt.Log):
 
     def event(self, name: str = "", /, **pairs) -> None:
         self.events.append((name, pairs))
+
+    def of(self, name: str) -> list[dict]:
+        return [pairs for event, pairs in self.events if event == name]
 
 
 # -------------------------------------------------------------------------------------- processes

@@ -171,7 +171,7 @@ def test_an_artifact_brings_back_architecture_and_weights(tiny, random_model, tm
     model = random_model(tiny(ve_layers="none", passes_schedule="0:1,5:2", rope_base=500.5))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     path = tmp_path / "a.xz"
-    path.write_bytes(compress(model.hp, tensors, FINEST_FLOOR_INDEX))
+    path.write_bytes(compress(model.hp.architecture(), tensors, FINEST_FLOOR_INDEX))
     hp, read = read_artifact(path)
     assert hp.architecture() == model.hp.architecture()
     assert list(read) == list(tensors)
@@ -215,7 +215,7 @@ def test_the_size_grows_with_the_floor_index_and_its_estimate_is_close(tiny):
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     sizes = []
     for index in (512 * 4, 512 * 5, 512 * 6, FINEST_FLOOR_INDEX):
-        sizes.append(len(compress(hp, tensors, index)))
+        sizes.append(len(compress(hp.architecture(), tensors, index)))
         assert entropy_bytes(tensors, floor_value(index)) == pytest.approx(sizes[-1], rel=0.08)
     assert sizes == sorted(sizes)
     assert abs(estimate_floor_index(tensors, sizes[1]) - 512 * 5) < 256
@@ -226,8 +226,8 @@ def test_export_spends_the_limit_and_never_exceeds_it(tiny, random_model, tmp_pa
     model = random_model(tiny())
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     monkeypatch.setattr("train_gpt.code_bytes", lambda: 5000)
-    full = len(compress(model.hp, tensors, FINEST_FLOOR_INDEX))
-    coarse = len(compress(model.hp, tensors, 0))
+    full = len(compress(model.hp.architecture(), tensors, FINEST_FLOOR_INDEX))
+    coarse = len(compress(model.hp.architecture(), tensors, 0))
     limit = (full + coarse) // 2
     hp = tiny(artifact_limit_bytes=5000 + limit)
     path = tmp_path / "a.int6.xz"
@@ -257,7 +257,7 @@ def smallest(tiny) -> tuple[Hyperparameters, bytes]:
     )  # fmt: skip
     torch.manual_seed(0)
     tensors = {name: p.detach() for name, p in GPT(hp).named_parameters()}
-    return hp, compress(hp, tensors, FINEST_FLOOR_INDEX)
+    return hp, compress(hp.architecture(), tensors, FINEST_FLOOR_INDEX)
 
 
 def outcome(path: Path, data: bytes) -> str:

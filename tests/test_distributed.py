@@ -19,11 +19,7 @@ import torch
 from conftest import METRICS, ROOT, Finished, Job, Lines, steps
 
 import train_gpt
-from train_gpt import Trainer, read_checkpoint
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import inspect_logs
-import record
+from train_gpt import Interrupts, Trainer, read_checkpoint
 
 # Neither 2, 3 nor 8 ranks divide the banks' 5 and 10 rows, the batch's 7 sequences, the validation
 # windows or the sequences of a chunk (7, in batches of 4).
@@ -47,44 +43,52 @@ def record_losses(path: str) -> None:
     """Every step's loss, unrounded, into a file."""
     log_step = Trainer.log_step
 
-    def recorded(self, step, plan, sums, norm, clock) -> None:
+    def recorded(self, sums, *rest) -> None:
         nats = self.runtime.sum_(sums.clone())[0].item()
         if self.runtime.is_main:
             with Path(path).open("a") as file:
                 file.write(f"{nats / self.hp.train_batch_tokens!r}\n")
-        log_step(self, step, plan, sums, norm, clock)
+        log_step(self, sums, *rest)
 
     Trainer.log_step = recorded
 
 
 def signal_at(step: int, number: int, rank: int = 0) -> None:
     """One rank sends itself a signal as a step begins."""
-    announce = Trainer.announce
+    take_step = Trainer.take_step
 
-    def signalled(self, at, *rest):
-        if at == step and self.runtime.rank == rank:
+    def signalled(self, progress):
+        if self.step == step and self.runtime.rank == rank:
             os.kill(os.getpid(), number)
-        return announce(self, at, *rest)
+        return take_step(self, progress)
 
-    Trainer.announce = signalled
+    Trainer.take_step = signalled
 
 
-def die_while_writing(checkpoint: int) -> None:
-    """SIGKILL in the middle of the n-th checkpoint's bytes."""
-    left, write_bytes = [checkpoint], Path.write_bytes
+def signal_in(function: str, *numbers: int) -> None:
+    """Signals while `export` or Trainer's `warm_up` runs."""
+    owner = train_gpt if function == "export" else Trainer
+    inner = getattr(owner, function)
+
+    def signalled(*args):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return inner(*args)
+
+    setattr(owner, function, signalled)
+
+
+def die_while_writing(checkpoint: str) -> None:
+    """SIGKILL in the middle of its bytes."""
+    write_bytes = Path.write_bytes
 
     def cut(path: Path, data: bytes) -> int:
-        left[0] -= ".pt" in path.name
-        if not left[0]:
+        if path.name.startswith(checkpoint):
             write_bytes(path, data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         return write_bytes(path, data)
 
     Path.write_bytes = cut
-
-
-def die_exporting() -> None:
-    train_gpt.export = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def short_patience(step: int, rank: int) -> None:
@@ -147,18 +151,14 @@ def same_run(done: Finished, expected: Finished) -> None:
     artifacts = [f.folder / "run.int6.xz" for f in (done, expected)]
     assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
     assert done.metrics("run") == expected.metrics("run")
-    run = inspect_logs.read_run(done.folder / "run.txt")
-    assert run.problems == []
-    lines = "".join(
-        " ".join(f"{key}:{value}" for key, value in line.event.pairs.items()) + "\n"
-        for line in run.step_lines
-    )
-    assert steps(lines) == steps(expected.log("run"))
+    # What a killed run had done after its checkpoint is done, and logged, again.
+    rows = [{row["step"]: row for row in steps(f.log("run"))} for f in (done, expected)]
+    assert rows[0] == rows[1]
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(start, base, run_of, tmp_path):
     """SIGKILL in the first step, later, while a checkpoint is written, and after training."""
-    often = base | {"CHECKPOINT_SECONDS": "1e-6", "RESUME": "1", "RUN_ID": "run"}
+    often = base | {"CHECKPOINT_SECONDS": "0.001", "RESUME": "1", "RUN_ID": "run"}
 
     def killed(prepare: tuple) -> None:
         assert start(base=often, folder=tmp_path, prepare=prepare).wait() == [-signal.SIGKILL]
@@ -167,10 +167,10 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(start, base, ru
     assert not (tmp_path / "run.checkpoints").exists()
     killed((signal_at, 7, signal.SIGKILL))
     assert checkpoints(tmp_path) == ["step_00000006.pt", "step_00000007.pt"]
-    killed((die_while_writing, 3))
+    killed((die_while_writing, "step_00000010"))
     written = ["step_00000008.pt", "step_00000009.pt", "step_00000010.pt.tmp"]
     assert checkpoints(tmp_path) == written
-    killed((die_exporting,))
+    killed((signal_in, "export", signal.SIGKILL))
     done = start(base=often, folder=tmp_path).finish()
     assert re.findall(r"^resume step:(\d+)", done.log("run"), re.MULTILINE) == ["7", "9", "13"]
     assert checkpoints(tmp_path) == ["step_00000012.pt", "step_00000013.pt"]
@@ -183,7 +183,7 @@ def half(start, base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("half")
     stop = (signal_at, 6, signal.SIGTERM)
     done = start("--on-signal", "checkpoint", base=base, folder=folder, prepare=stop, RUN_ID="run",
-                 CHECKPOINT_SECONDS="1e-6").finish()  # fmt: skip
+                 CHECKPOINT_SECONDS="0.001").finish()  # fmt: skip
     assert done.code == 4, done.printed
     return folder
 
@@ -194,10 +194,16 @@ def interrupted(half, tmp_path) -> Path:
     return Path(shutil.copytree(half, tmp_path / "half"))
 
 
+def stopped_at(log: str) -> int:
+    """The step: a signal that came in step 7 ends it, or the one in which all ranks are told."""
+    [step] = re.findall(r"^stop step:(\d+) .* interrupted:1$", log, re.MULTILINE)
+    assert step in ("7", "8")
+    return int(step)
+
+
 def test_a_signal_stops_at_the_next_step_with_a_checkpoint(half):
-    [step] = re.findall(r"^stop step:(\d+) .* interrupted:1$", log_of(half), re.MULTILINE)
-    assert step == "8", "the step in which it came, and the one in which all ranks are told"
-    assert checkpoints(half) == ["step_00000007.pt", "step_00000008.pt"]
+    step = stopped_at(log_of(half))
+    assert checkpoints(half) == [f"step_{n:08d}.pt" for n in (step - 1, step)]
     assert not list(half.glob("*.xz"))
 
 
@@ -215,23 +221,24 @@ def test_a_run_goes_on_on_any_number_of_ranks(interrupted, start, base, run_of, 
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(interrupted, start, base, run_of):
-    newest = interrupted / "run.checkpoints" / "step_00000008.pt"
+    before, newest = sorted((interrupted / "run.checkpoints").iterdir())
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     done = start("--resume", base=base, folder=interrupted, RUN_ID="run").finish()
     assert f"\ncheckpoint_damaged path:{newest}\n" in done.log("run")
-    assert "\nresume step:7 " in done.log("run")
+    assert f"\nresume step:{int(before.stem[5:])} " in done.log("run")
     same_run(done, run_of(1)[0])
 
 
 def test_what_is_no_checkpoint_is_neither_used_nor_executed(interrupted, runtime, tmp_path):
     folder, log = interrupted / "run.checkpoints", Lines()
-    whole = (folder / "step_00000008.pt").read_bytes()
+    newest = max(folder.iterdir())
+    whole = newest.read_bytes()
     for step, data in enumerate((b"", whole[:31], whole[:-1], whole + b"x"), 9):
         (folder / f"step_{step:08d}.pt").write_bytes(data)
     (folder / "step_00000099.pt.tmp").write_bytes(whole)
-    assert read_checkpoint(folder, runtime, log)["step"] == 8
+    assert read_checkpoint(folder, runtime, log)["step"] == int(newest.stem[5:])
     assert [name for name, _ in log.events] == 4 * ["checkpoint_damaged"]
     evil, ran = io.BytesIO(), tmp_path / "ran"
     torch.save({"step": Execute(ran)}, evil)
@@ -253,23 +260,83 @@ class Execute:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_run_with_other_settings_does_not_go_on(interrupted, start, base):
-    other = start("--resume", base=base, folder=interrupted, RUN_ID="run", SEED="8").finish()
-    assert other.code == 2
-    assert "error: resume: the checkpoint has other settings: seed=8 (was 7)" in other.printed
-    fresh = start(base=base, folder=interrupted, RUN_ID="run").finish()
-    assert fresh.code == 2
-    assert "run.txt exists" in fresh.printed
-    (interrupted / "run.txt").unlink()
-    fresh = start(base=base, folder=interrupted, RUN_ID="run").finish()
-    assert fresh.code == 2
-    assert "run.checkpoints exists" in fresh.printed
+@pytest.mark.parametrize("change", ["seed", "data"])
+def test_a_run_does_not_go_on_with_another_seed_or_other_data(
+    interrupted, start, base, corpus, tmp_path, change
+):
+    """And the refusal costs nothing: with its own settings it still goes on."""
+    changes = {"SEED": "8"}
+    if change == "data":
+        shutil.copytree(corpus.data_path, tmp_path / "other")
+        first, second = sorted((tmp_path / "other").glob("fineweb_train_*"))
+        second.replace(first)
+        changes = {"DATA_PATH": str(tmp_path / "other")}
+    before = checkpoints(interrupted)
+    done = start("--resume", base=base, folder=interrupted, RUN_ID="run", **changes).finish()
+    assert done.code == 2
+    text = r"error: resume: the checkpoint is of another run: (\w+)=(\w+) \(was (\w+)\)"
+    name, new, old = re.search(text, done.printed).groups()
+    assert name == change
+    assert new != old
+    assert checkpoints(interrupted) == before
+    assert steps(log_of(interrupted))
+
+
+def test_what_training_does_not_depend_on_may_change(interrupted, start, base, run_of):
+    done = start("--resume", "--eval-passes", "2", base=base, folder=interrupted, RUN_ID="run")
+    done = done.finish()
+    assert done.code == 0, done.printed
+    assert {row["step"]: row for row in steps(done.log("run"))} == {
+        row["step"]: row for row in steps(run_of(1)[0].log("run"))
+    }
+    assert " passes:2" in done.log("run").split("\nlegal_ttt_exact ")[1].splitlines()[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_that_is_there_is_overwritten(interrupted, start, base, run_of, tmp_path):
+    """A finished run, with --resume or without; one with a checkpoint, or nothing but that."""
+    finished = Path(shutil.copytree(run_of(1)[0].folder, tmp_path / "finished"))
+    shutil.copytree(interrupted / "run.checkpoints", finished / "run.checkpoints")
+    alone = Path(shutil.copytree(interrupted, tmp_path / "alone"))
+    (alone / "run.txt").unlink()
+    for folder, flags, advice in (
+        (finished, ["--resume"], "--evaluate"),
+        (finished, [], "choose another run_id"),
+        (interrupted, [], "go on from its checkpoint with --resume"),
+        (alone, [], "choose another run_id"),
+    ):
+        before = contents(folder)
+        done = start(*flags, base=base, folder=folder, RUN_ID="run").finish()
+        assert done.code == 2, done.printed
+        assert advice in done.printed
+        assert ("--resume" in done.printed) == (folder == interrupted), "no harmful advice"
+        assert contents(folder) == before
+
+
+def test_a_second_process_cannot_join_a_run(start, base, run_of, tmp_path):
+    """Nor does it disturb the first."""
+    stop = (signal_at, 6, signal.SIGSTOP)
+    job = start(base=base, folder=tmp_path, prepare=stop, RUN_ID="run")
+    try:
+        job.until("\nstep:6/")
+        before = log_of(tmp_path)
+        second = start("--resume", base=base, folder=tmp_path, RUN_ID="run").finish()
+        assert second.code == 2
+        assert "run.txt: wait for its end" in second.printed
+        assert log_of(tmp_path) == before
+        os.kill(job.ranks[0].pid, signal.SIGCONT)
+        same_run(job.finish(), run_of(1)[0])
+    finally:
+        job.kill()
 
 
 # ---------------------------------------------------------------------------- signals and deaths
 
 
-@pytest.mark.parametrize(("number", "then"), [("SIGINT", "export"), ("SIGTERM", "checkpoint")])
+@pytest.mark.parametrize(("number", "then"), [("SIGHUP", "export"), ("SIGTERM", "checkpoint")])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     start, base, run_of, tmp_path, number, then
 ):
@@ -279,7 +346,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
                 RUN_ID="run")  # fmt: skip
     done = job.finish()
     assert done.code == {"export": 5, "checkpoint": 4}[then], done.printed
-    assert re.search(r"^stop step:8 .* interrupted:1$", done.log("run"), re.MULTILINE)
+    step = stopped_at(done.log("run"))
     assert set(done.metrics("run")) == (set(METRICS) if then == "export" else set())
     assert (tmp_path / "run.checkpoints").exists() == (then == "checkpoint")
     assert (tmp_path / "run.int6.xz").exists() == (then == "export")
@@ -288,23 +355,51 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
         prepare = (record_losses, str(path))
         start("--resume", base=base, folder=tmp_path, prepare=prepare, RUN_ID="run").finish()
         losses = [float(line) for line in path.read_text().split()]
-        assert losses == pytest.approx(run_of(1)[1][8:], rel=1e-5)
-    else:
-        assert "training early" in "\n".join(
-            record.log_errors([inspect_logs.read_run(tmp_path / "run.txt")])
-        )
+        assert losses == pytest.approx(run_of(1)[1][step:], rel=1e-5)
 
 
-def workers(torchrun: int) -> dict[int, int]:
+def test_a_signal_in_the_warm_up_leaves_the_run_id_usable(start, base, tmp_path):
+    stop = (signal_in, "warm_up", signal.SIGINT)
+    done = start(base=base, folder=tmp_path, prepare=stop, RUN_ID="run").finish()
+    assert done.code != 0
+    assert "stopped by SIGINT" in done.printed
+    assert "Traceback" not in done.printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_while_it_exports_ends_the_run_with_a_sentence(start, base, tmp_path):
+    """The first one says what a second would do."""
+    stop = (signal_in, "export", signal.SIGINT, signal.SIGINT)
+    done = start(base=base, folder=tmp_path, prepare=stop, RUN_ID="run").finish()
+    assert done.code not in (0, 4, 5)
+    assert "\nSIGINT: the run exports and scores what it has; a second signal ends" in done.printed
+    assert "stopped by SIGINT" in done.printed
+    assert "Traceback" not in done.printed
+    assert [path.name for path in tmp_path.iterdir()] == ["run.txt"], "the log of what it did"
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    """The other signals are taken."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        Interrupts().install()
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(SystemExit, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def children(torchrun: int) -> dict[int, int]:
     """rank -> process of a torchrun on this machine."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError, StopIteration):
-            parent = next(
-                line.split()[1]
-                for line in path.with_name("status").read_text().splitlines()
-                if line.startswith("PPid:")
-            )
+            status = path.with_name("status").read_text().splitlines()
+            parent = next(line.split()[1] for line in status if line.startswith("PPid:"))
             variables = dict(v.split("=", 1) for v in path.read_text().split("\0") if "=" in v)
             if int(parent) == torchrun and "RANK" in variables:
                 found[int(variables["RANK"])] = int(path.parent.name)
@@ -322,7 +417,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason(variables, tmp_path):
         )  # fmt: skip
     try:
         Job([], [], tmp_path, "run").until("\nstep:4 ")
-        os.kill(workers(torchrun.pid)[1], signal.SIGKILL)
+        os.kill(children(torchrun.pid)[1], signal.SIGKILL)
         since = time.monotonic()
         assert torchrun.wait(60) != 0
         assert time.monotonic() - since < 30
@@ -364,24 +459,27 @@ def fill_disk(folder: str, fallback: str) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_loses_neither_the_run_nor_the_artifact(start, base, run_of, tmp_path):
-    """Neither the log nor standard output nor a checkpoint can be written."""
-    folder, fallback = tmp_path / "logs", tmp_path / "fallback"
+    """Neither the log nor standard output nor a checkpoint nor the artifact can be written."""
+    folder, fallback, losses = (tmp_path / name for name in ("logs", "fallback", "losses.npy"))
     fallback.mkdir()
-    full = {"folder": folder, "prepare": (fill_disk, str(folder), str(fallback))}
-    done = start(base=base, RUN_ID="run", CHECKPOINT_SECONDS="1e-6", **full).finish()
+    full = {"folder": folder, "prepare": (fill_disk, str(tmp_path / "lo"), str(fallback))}
+    done = start("--token-losses", str(losses), base=base, RUN_ID="run",
+                 CHECKPOINT_SECONDS="0.001", **full).finish()  # fmt: skip
     assert done.code == 0, done.printed
-    assert "warning: <stdout> ends here (No space left on device)" in done.printed
-    assert "warning: /dev/full ends here (No space left on device)" in done.printed, "the log"
-    assert "checkpoint_failed path:" in done.printed
+    assert "Traceback" not in done.printed
     [artifact] = fallback.glob("*/run.int6.xz")
-    assert f"output_dir:%20No%20space%20left%20on%20device;%20the%20artifact%20is%20{artifact}" in (
-        done.printed
-    )
     assert artifact.read_bytes() == (run_of(1)[0].folder / "run.int6.xz").read_bytes()
-    assert f"legal_ttt_exact val_loss:{run_of(1)[0].metrics('run')['legal_ttt_exact'][0]}" in (
-        done.printed
-    )
+    assert list(fallback.glob("*/losses.npy"))
     assert not [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+
+
+@pytest.mark.xfail(strict=True, reason="it is told in the log and on standard output alone")
+def test_the_place_of_a_rescued_file_is_told_on_standard_error(tmp_path, capfd, monkeypatch):
+    """For the log and what standard output goes to may lie on the same full disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = train_gpt.write_or_rescue(tmp_path / "none" / "a.xz", b"kept", Lines())
+    assert path.read_bytes() == b"kept"
+    assert str(path) in capfd.readouterr().err
 
 
 def test_weights_that_no_checkpoint_can_take_are_exported(start, base, tmp_path):
@@ -399,5 +497,5 @@ def test_weights_that_no_checkpoint_can_take_are_exported(start, base, tmp_path)
 def test_a_disk_that_will_be_full_is_refused_at_the_start(start, base):
     done = start(base=base, ARTIFACT_LIMIT_BYTES=str(10**18), RUN_ID="run").finish()
     assert done.code == 2
-    assert re.search(r"error: output_dir=\S+ has \d+ bytes left for an artifact", done.printed)
+    assert re.search(r"error: output_dir=\S+: less than \d+ bytes free", done.printed)
     assert not done.folder.exists()

@@ -57,9 +57,14 @@ def table(corpus, runtime) -> TokenBytes:
     return TokenBytes(corpus.tokenizer, runtime.device)
 
 
-def evaluator(hp: Hyperparameters, corpus, table, runtime: Runtime, tokens=None) -> Evaluator:
-    tokens = corpus.val_tokens if tokens is None else tokens
-    return Evaluator(tokens, table, hp, runtime, Lines())
+@pytest.fixture
+def evaluator(corpus, table, runtime):
+    """evaluator(hp, tokens) -> an evaluator of the tokens, or of the whole text."""
+
+    def make(hp: Hyperparameters, tokens: np.ndarray = corpus.val_tokens) -> Evaluator:
+        return Evaluator(hp, tokens, table, runtime, Lines())
+
+    return make
 
 
 def losses_of_own_windows(model: GPT, tokens: np.ndarray, stride: int) -> torch.Tensor:
@@ -75,78 +80,73 @@ def losses_of_own_windows(model: GPT, tokens: np.ndarray, stride: int) -> torch.
 
 @pytest.mark.parametrize(("stride", "batch"), [(8, 16), (32, 5), (7, 3)])
 def test_sliding_scores_are_those_of_single_windows(
-    corpus, table, tiny, runtime, random_model, stride, batch
+    corpus, evaluator, tiny, random_model, stride, batch
 ):
     hp = tiny(eval_stride=stride, eval_batch_seqs=batch, **SHALLOW)
     model, tokens = random_model(hp), corpus.val_tokens[:150]
-    scorer = evaluator(hp, corpus, table, runtime, tokens)
+    scorer = evaluator(hp, tokens)
     with torch.no_grad():
         expected = losses_of_own_windows(model, tokens, stride)
-        scorer.run("sliding", model, stride, 2)
-    torch.testing.assert_close(scorer.losses[:-1], expected, rtol=1e-4, atol=1e-4)
-    [(name, pairs)] = scorer.log.events
-    assert (name, pairs["tokens"]) == ("sliding", 149)
+        losses = scorer.run("sliding", model, stride, 2)
+        part = scorer.score(model, range(40, 77), stride, 2)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    assert part.shape == (37,)
+    [pairs] = scorer.log.of("sliding")
+    assert pairs["tokens"] == 149
     assert float(pairs["val_loss"]) == pytest.approx(expected.double().mean().item(), rel=1e-5)
 
 
-def test_bits_per_byte_are_those_of_the_text(corpus, table, tiny, runtime, random_model):
+def test_bits_per_byte_are_those_of_the_text(corpus, evaluator, tiny, random_model):
     """The sum of all losses over the length of all documents in UTF-8: no table involved."""
     model = random_model(tiny(**SHALLOW))
-    scorer = evaluator(model.hp, corpus, table, runtime)
-    scorer.run("plain", model, 32, 1)
-    _, pairs = scorer.log.events[0]
+    scorer = evaluator(model.hp)
+    losses = scorer.run("plain", model, 32, 1)
+    [pairs] = scorer.log.of("plain")
     text_bytes = sum(len(document.encode()) for document in corpus.val_documents)
-    bits = scorer.losses[:-1].double().sum().item() / math.log(2)
+    bits = losses.double().sum().item() / math.log(2)
     assert pairs["bytes"] == text_bytes
     assert float(pairs["val_bpb"]) == pytest.approx(bits / text_bytes, abs=1e-7)
-    assert len(scorer.losses) - 1 == pairs["tokens"] == len(corpus.val_tokens) - 1
+    assert len(losses) == pairs["tokens"] == len(corpus.val_tokens) - 1
 
 
-def test_a_report_refuses_scores_that_are_not_all_there(corpus, table, tiny, runtime, random_model):
+@pytest.mark.parametrize("rows", [slice(1, None), [0, *range(18)]], ids=["missing", "twice"])
+def test_scores_that_are_not_all_there_once_are_refused(
+    evaluator, tiny, random_model, monkeypatch, rows
+):
     model = random_model(tiny(**SHALLOW))
-    scorer = evaluator(model.hp, corpus, table, runtime)
-    windows = scoring_windows(0, scorer.num_targets, 32, 8)
-    scorer.score(model, windows[:-1], 1, 8)
-    with pytest.raises(AssertionError, match="exactly once"):
-        scorer.report("incomplete")
-    scorer.clear()
-    scorer.score(model, np.concatenate([windows, windows[3:4]]), 1, 8)
-    with pytest.raises(AssertionError, match="exactly once"):
-        scorer.report("twice")
+    scorer = evaluator(model.hp)
+    faulty = lambda *args: scoring_windows(*args)[rows]  # noqa: E731
+    monkeypatch.setattr("train_gpt.scoring_windows", faulty)
+    with pytest.raises(RuntimeError, match="exactly once"):
+        scorer.run("plain", model, 32, 1)
 
 
 # ------------------------------------------------------------------------------ test-time training
 
 
-def ttt_losses(hp, corpus, table, runtime, random_model, tokens=None) -> torch.Tensor:
-    scorer = evaluator(hp, corpus, table, runtime, tokens)
-    scorer.run_ttt(random_model(hp), 2)
-    return scorer.losses[:-1]
-
-
 STRONG = SHALLOW | {"ttt_lr": 0.05, "ttt_epochs": 2, "ttt_chunk_tokens": 100}
 
 
-def test_ttt_scores_before_it_learns(corpus, table, tiny, runtime, random_model):
+def test_ttt_scores_before_it_learns(corpus, evaluator, tiny, random_model):
     """Tokens from p on are changed: every loss before p is bit-identical, later ones differ."""
     hp = tiny(**STRONG)
     tokens = corpus.val_tokens[:330]
-    losses = ttt_losses(hp, corpus, table, runtime, random_model, tokens)
+    losses = evaluator(hp, tokens).run_ttt(random_model(hp), 2, math.inf)
     for p in (1, 101, 110, 205):  # at the start, at a chunk's border, within a window of one
         changed = tokens.copy()
         changed[p:] = 4 + (changed[p:] + 5) % 300
-        other = ttt_losses(hp, corpus, table, runtime, random_model, changed)
+        other = evaluator(hp, changed).run_ttt(random_model(hp), 2, math.inf)
         assert torch.equal(other[: p - 1], losses[: p - 1]), p
         assert (other[p - 1 :] != losses[p - 1 :]).float().mean() > 0.9
 
 
-def test_what_ttt_learns_shows_in_the_chunks_after_it(corpus, table, tiny, runtime, random_model):
+def test_what_ttt_learns_shows_in_the_chunks_after_it(corpus, evaluator, tiny, random_model):
     """One changed token of chunk 2 moves losses of later chunks that do not see it."""
     hp = tiny(**STRONG)
     tokens = corpus.val_tokens[:330]
     changed = tokens.copy()
     changed[120] = 4 + (changed[120] + 5) % 300
-    pair = [ttt_losses(hp, corpus, table, runtime, random_model, t) for t in (tokens, changed)]
+    pair = [evaluator(hp, t).run_ttt(random_model(hp), 2, math.inf) for t in (tokens, changed)]
     differs = pair[0] != pair[1]
     assert not differs[:119].any()
     assert differs[119]
@@ -154,27 +154,21 @@ def test_what_ttt_learns_shows_in_the_chunks_after_it(corpus, table, tiny, runti
     assert differs[200:].float().mean() > 0.9, "after the update"
 
 
-def test_ttt_learns(corpus, table, tiny, runtime, random_model):
+def test_ttt_learns(evaluator, tiny, random_model):
+    """The same weights that do not learn score worse."""
     hp = tiny(ttt_lr=0.05, **SHALLOW)
-    scorer = evaluator(hp, corpus, table, runtime)
-    model = random_model(hp)
-    scorer.run("sliding", model, hp.eval_stride, 2)
-    scorer.run_ttt(model, 2)
-    before, after = (
-        float(pairs["val_loss"]) for name, pairs in scorer.log.events if "val_loss" in pairs
-    )
-    assert after < before - 0.1
-    assert scorer.log.events[-1][0] == "legal_ttt_exact"
+    before = evaluator(hp).run("sliding", random_model(hp), hp.eval_stride, 2)
+    after = evaluator(hp).run_ttt(random_model(hp), 2, math.inf)
+    assert after.mean() < before.mean() - 0.1
 
 
 @pytest.mark.parametrize("changes", [{"ttt_epochs": 0}, {"ttt_lr": 0.0}])
-def test_ttt_that_learns_nothing_is_sliding(corpus, table, tiny, runtime, random_model, changes):
+def test_ttt_that_learns_nothing_is_sliding(evaluator, tiny, random_model, changes):
     """Chunks that are a multiple of the stride: the same windows, the same losses."""
     hp = tiny(ttt_chunk_tokens=64, **SHALLOW, **changes)
-    scorer = evaluator(hp, corpus, table, runtime)
-    scorer.run("sliding", random_model(hp), hp.eval_stride, 2)
-    losses = ttt_losses(hp, corpus, table, runtime, random_model)
-    torch.testing.assert_close(losses, scorer.losses[:-1], rtol=1e-5, atol=1e-5)
+    losses = evaluator(hp).run_ttt(random_model(hp), 2, math.inf)
+    sliding = evaluator(hp).run("sliding", random_model(hp), hp.eval_stride, 2)
+    torch.testing.assert_close(losses, sliding, rtol=1e-5, atol=1e-5)
 
 
 def ttt_reference(model: GPT, hp: Hyperparameters, tokens: np.ndarray) -> list[torch.Tensor]:
@@ -205,7 +199,7 @@ def ttt_reference(model: GPT, hp: Hyperparameters, tokens: np.ndarray) -> list[t
 
 
 @pytest.mark.parametrize("clip", [1.0, 1e6])
-def test_ttt_is_sgd_over_the_scored_chunks(corpus, table, tiny, runtime, random_model, clip):
+def test_ttt_is_sgd_over_the_scored_chunks(corpus, evaluator, tiny, random_model, clip):
     """Against a plain loop; micro-batches and the flat buffer change nothing."""
     hp = tiny(
         ttt_lr=0.01, ttt_epochs=2, ttt_chunk_tokens=200, ttt_batch_seqs=4, ttt_grad_clip=clip,
@@ -213,7 +207,7 @@ def test_ttt_is_sgd_over_the_scored_chunks(corpus, table, tiny, runtime, random_
     )  # fmt: skip
     tokens = corpus.val_tokens[:430]
     model = random_model(hp)
-    evaluator(hp, corpus, table, runtime, tokens).run_ttt(model, 2)
+    evaluator(hp, tokens).run_ttt(model, 2, math.inf)
     result = torch.cat([p.detach().flatten() for p in model.parameters()])
     start = torch.cat([p.detach().flatten() for p in random_model(hp).parameters()])
     expected = ttt_reference(random_model(hp), hp, tokens)[-1]
@@ -222,51 +216,68 @@ def test_ttt_is_sgd_over_the_scored_chunks(corpus, table, tiny, runtime, random_
 
 
 @pytest.mark.parametrize(
-    ("seconds", "epochs", "spent"), [(math.inf, 24, 33), (60, 24, 33), (22, 12, 21), (5, 0, 9)]
+    ("seconds", "fewest", "most"), [(math.inf, 24, 24), (60, 24, 24), (22, 9, 13), (5, 0, 0)]
 )
 def test_ttt_lowers_its_epochs_to_end_in_time_and_scores_all(
-    corpus, table, tiny, runtime, random_model, monkeypatch, seconds, epochs, spent
+    corpus, evaluator, tiny, random_model, monkeypatch, seconds, fewest, most
 ):
     """9 chunks on a clock that is moved by hand: 1 s to score one, 1 s for each of its 3 epochs."""
     now = [100.0]
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
     hp = tiny(ttt_chunk_tokens=64, **SHALLOW)
-    scorer = evaluator(hp, corpus, table, runtime, corpus.val_tokens[:546])
+    scorer = evaluator(hp, corpus.val_tokens[:546])
     score, train_on = scorer.score, scorer.train_on
 
-    def slow_score(*rest) -> None:
-        score(*rest)
+    def slow_score(*rest) -> torch.Tensor:
         now[0] += 1
+        return score(*rest)
 
     def slow_train_on(*rest) -> None:
-        train_on(*rest)
         now[0] += rest[-1]
+        train_on(*rest)
 
     scorer.score, scorer.train_on = slow_score, slow_train_on
-    scorer.deadline = now[0] + seconds
-    scorer.run_ttt(random_model(hp), 2)
-    name, pairs = scorer.log.events[-1]
-    assert (name, pairs["tokens"], pairs["epochs"]) == ("legal_ttt_exact", 545, f"{epochs}/24")
-    assert now[0] - 100 == spent
-    assert bool((scorer.times_scored[:-1] == 1).all())
+    scorer.run_ttt(random_model(hp), 2, now[0] + seconds)
+    [pairs] = scorer.log.of("legal_ttt_exact")
+    done, planned = map(int, pairs["epochs"].split("/"))
+    assert (pairs["tokens"], planned) == (545, 24)
+    assert fewest <= done <= most
+    assert now[0] - 100 == 9 + done
+    assert now[0] - 100 <= max(seconds, 9), "scoring alone takes 9 s"
+
+
+def test_the_first_chunk_is_not_trained_on_without_an_estimate(
+    corpus, evaluator, tiny, random_model, monkeypatch
+):
+    """10 s to score each of 3 chunks, and 1 s left for training: epochs are dropped at once."""
+    now, epochs = [100.0], []
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
+    hp = tiny(ttt_chunk_tokens=64, **SHALLOW)
+    scorer = evaluator(hp, corpus.val_tokens[:193])
+    score = scorer.score
+
+    def slow_score(*rest) -> torch.Tensor:
+        now[0] += 10
+        return score(*rest)
+
+    scorer.score, scorer.train_on = slow_score, lambda *rest: epochs.append(rest[-1])
+    scorer.run_ttt(random_model(hp), 2, now[0] + 31)
+    assert epochs[0] == 0
 
 
 # ------------------------------------------------------------------------------------------- ranks
 
 
-def scores_on_a_rank(runtime: Runtime, hp, weights, table, tokens, chunks) -> list[tuple]:
+def scores_on_a_rank(runtime: Runtime, hp, weights, table, tokens, chunks) -> list[np.ndarray]:
     """Sliding, then TTT with each chunk size."""
     results = []
     for chunk in chunks:
         model = GPT(hp)
-        flat = FlatParameters(model)
-        flat.data.copy_(torch.from_numpy(weights))
-        scorer = Evaluator(tokens, table, replace(hp, ttt_chunk_tokens=chunk), runtime, Lines())
+        FlatParameters(model).data.copy_(torch.from_numpy(weights))
+        scorer = Evaluator(replace(hp, ttt_chunk_tokens=chunk), tokens, table, runtime, Lines())
         if chunk == chunks[0]:
-            scorer.run("sliding", model, hp.eval_stride, 2)
-            results.append(scorer.losses[:-1].numpy().copy())
-        scorer.run_ttt(model, 2)
-        results.append(scorer.losses[:-1].numpy().copy())
+            results.append(scorer.run("sliding", model, hp.eval_stride, 2).numpy())
+        results.append(scorer.run_ttt(model, 2, math.inf).numpy())
     return results
 
 

@@ -1,8 +1,7 @@
 """The model against a plain float64 loop, causality, and the kernels of attention and MLP."""
 
 import math
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -18,15 +17,13 @@ from train_gpt import (
     Heads,
     Hyperparameters,
     Layer,
-    Log,
     attend,
     bigram_rows,
-    choose_attention,
     exclude_self,
     fuses_mlp,
     mlp,
-    parameter_group,
-    stack,
+    parameter_table,
+    rotary_table,
 )
 
 
@@ -146,11 +143,10 @@ def test_one_pass_is_the_plain_stack(tiny, random_model, changes):
         torch.testing.assert_close(losses[row].double(), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_rope_is_stretched_beyond_1024_tokens(tiny):
+def test_rope_is_stretched_beyond_1024_tokens():
     """The base at 2,048 tokens is 22,082 for 16 dims (NTK scaling)."""
-    hp = Hyperparameters(model_dim=64, num_heads=1, num_kv_heads=1, num_layers=11)
-    model = GPT(hp)
-    slowest = torch.atan2(model.sin[1, 15], model.cos[1, 15]).item()
+    cos, sin = rotary_table(Hyperparameters())
+    slowest = torch.atan2(sin[1, 15], cos[1, 15]).item()
     assert slowest == pytest.approx(22_082 ** (-14 / 16), rel=1e-4)
 
 
@@ -213,19 +209,19 @@ def test_the_start(tiny):
 
 def test_parameters_are_counted_and_grouped():
     """26,698,335 of the flat predecessor, 2,560 of the feedback, less its third residual scale."""
+    hp = Hyperparameters(vocab_size=1024)
     with torch.device("meta"):
-        model = GPT(Hyperparameters())
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+        named = dict(GPT(hp).named_parameters())
+    table, sizes = parameter_table(hp), {name: p.numel() for name, p in named.items()}
+    assert {name: row.shape for name, row in table.items()} == {
+        n: p.shape for n, p in named.items()
+    }
     assert sum(sizes.values()) == 26_698_335 + 2_560 - 1
-    feedback = [n for name, n in sizes.items() if name.split(".")[-1] in "UVd"]
-    assert sum(feedback) == 2_560
-    groups = {}
-    for name in sizes:
-        groups.setdefault(parameter_group(name), set()).add(name)
-    assert groups["muon"] == set(BANKS)
-    assert groups["table"] == {"tok_emb", "bigram_table", "ve_table"}
-    assert groups["projection"] == {"bigram_proj", "ve_proj"}
-    assert groups["scalar"] >= {"smear_gate", "recurrence.U", "recurrence.residual_scale"}
+    assert sum(n for name, n in sizes.items() if name.split(".")[-1] in "UVd") == 2_560
+    of_group = lambda group: {name for name, row in table.items() if row.group == group}  # noqa: E731
+    assert of_group("muon") == set(BANKS)
+    assert of_group("table") == {"tok_emb", "bigram_table", "ve_table"}
+    assert of_group("projection") == {"bigram_proj", "ve_proj"}
 
 
 def test_bigram_rows_wrap_in_int32_as_on_every_device():
@@ -288,37 +284,6 @@ def test_attention_is_its_definition(heads):
         results.append([y, *torch.autograd.grad((y * weight.to(dtype)).sum(), inputs)])
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast.double(), plain, rtol=1e-4, atol=1e-5)
-
-
-def test_a_gpu_without_cudnns_attention_takes_another(tiny, runtime, tmp_path, monkeypatch):
-    """And the log says why."""
-    backends, ones, allowed = ("cudnn", "flash", "mem_efficient", "math"), torch.ones, {}
-    log = Log(tmp_path / "log.txt")
-    for name in backends:
-        monkeypatch.setattr(
-            torch.backends.cuda, f"enable_{name}_sdp", partial(allowed.__setitem__, name)
-        )
-    assert choose_attention(tiny(), runtime, log) == "sdpa"
-    gpu = replace(runtime, device=torch.device("cuda"))
-    monkeypatch.setattr(torch, "ones", lambda *shape, **like: ones(*shape, requires_grad=True))
-    assert choose_attention(tiny(), gpu, log) == "sdpa_cudnn"
-    assert allowed == dict(zip(backends, (True, False, False, False), strict=True))
-    assert not log.early.getvalue()
-
-    class ForwardOnly(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            return q + k + v
-
-        @staticmethod
-        def backward(ctx, dy):
-            raise RuntimeError("No available kernel")
-
-    monkeypatch.setattr(train_gpt, "attend", lambda q, k, v: ForwardOnly.apply(q, q, q))
-    assert choose_attention(tiny(), gpu, log) == "sdpa"
-    assert allowed == dict(zip(backends, (False, True, True, True), strict=True))
-    expected = "attention_skipped kernel:sdpa_cudnn reason:No%20available%20kernel\n"
-    assert log.early.getvalue() == expected
 
 
 # ------------------------------------------------------------------------------------------- MLP
@@ -447,9 +412,9 @@ def test_the_fused_mlp_is_as_exact_as_the_plain_one():
 # ----------------------------------------------------------------------------------- compilation
 
 
-def test_compiled_regions_are_the_same_model(tiny, random_model, monkeypatch):
+def test_compiled_functions_are_the_same_model(tiny, random_model):
     """Traced whole; same losses and gradients; one set of graphs for every size of a batch."""
-    trace, graphs = torch.compile, []
+    graphs = []
 
     def keep(graph, inputs):
         """A compiler that changes nothing."""
@@ -461,32 +426,26 @@ def test_compiled_regions_are_the_same_model(tiny, random_model, monkeypatch):
         words = ("scaled_dot_product", "cross_entropy", "round", "embedding")
         return [sum(word in names for names in graphs) for word in words]
 
-    monkeypatch.setattr(torch, "compile", lambda f, **how: trace(f, backend=keep, **how))
-    monkeypatch.setattr(train_gpt, "compiled", cache(train_gpt.compiled.__wrapped__))
     hp = tiny(num_layers=4, core_start=1, core_end=2, ve_layers="3", xsa_last_n=2)
-    plain, fast, floor = random_model(hp), GPT(hp, compile_regions=True), torch.tensor(2.0**-8)
-    fast.load_state_dict(plain.state_dict())
+    model, floor = random_model(hp), torch.tensor(2.0**-8)
+    stances = ({"stance": "force_eager"}, {"stance": "default", "force_backend": keep})
     for batch in (4, 3):
-        losses = []
-        for model in (plain, fast):
+        results = []
+        for stance in stances:
             model.zero_grad()
-            losses.append(model(*tokens(hp, batch), 2, floor)[0])
-            losses[-1].mean().backward()
-        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-        for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
+            with torch.compiler.set_stance(**stance):
+                losses, _ = model(*tokens(hp, batch), 2, floor)
+                losses.mean().backward()
+            results.append([losses, *(p.grad for p in model.parameters())])
+        for plain, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-6)
         assert kinds() == [3, 1, 2, 1], "stem, core and tail; rows of two lengths"
     with torch.no_grad():
         for last in (5, None):
-            results = [model(*tokens(hp), 2, score_last=last)[0] for model in (plain, fast)]
+            results = []
+            for stance in stances:
+                with torch.compiler.set_stance(**stance):
+                    results.append(model(*tokens(hp), 2, score_last=last)[0])
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     # plain layers (the first, the core's), one with XSA and a skip, one with XSA and values
     assert kinds() == [3 + 3, 2, 2, 2]
-
-
-def test_a_stack_returns_what_is_kept():
-    """An output that nothing uses would cost its gradient, zeros, when compiled."""
-    add = lambda x, layer: x + layer  # noqa: E731
-    assert stack(1, [2, 3, 4], keep=1, block=add) == [10]
-    assert stack(1, [2, 3, 4], keep=3, block=add) == [3, 6, 10]
-    assert stack(1, [], keep=1, block=add) == stack(1, [], keep=0, block=add) == []

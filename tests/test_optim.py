@@ -1,6 +1,8 @@
-"""Optimization: Newton-Schulz, Muon over ranks, AdamW, schedules, averages, the loop."""
+"""Optimization: Newton-Schulz, Muon over ranks, AdamW, schedules, averages, the loop, the clock."""
 
 import math
+import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,25 +10,22 @@ import pytest
 import torch
 from conftest import SHALLOW, Lines
 
+import train_gpt
 from train_gpt import (
     BANKS,
     GPT,
     NEWTON_SCHULZ,
-    BatchLoader,
-    Clock,
     Evaluator,
     FlatParameters,
+    Interrupts,
     Optimizer,
     Runtime,
-    TokenBytes,
     Trainer,
     WeightAverage,
-    find_data_shards,
     newton_schulz,
-    open_data_shard,
-    parameter_group,
+    open_data,
+    parameter_table,
     plan_step,
-    run_graphs,
 )
 
 # ----------------------------------------------------------------------------------- Newton-Schulz
@@ -109,7 +108,7 @@ def test_adamw_moves_every_other_parameter_and_decays_no_scalar(tiny, runtime, c
     optimizer = Optimizer(flat, hp, runtime)
     optimizer.step(optimizer.reduce(), lr_scale=0.5, momentum=0.9)
     for name, p in model.named_parameters():
-        group = parameter_group(name)
+        group = parameter_table(hp)[name].group
         if group == "muon":
             continue
         lr = 0.5 * (0.02 if group == "table" else 0.01)
@@ -176,8 +175,7 @@ def test_the_gradient_is_clipped_by_its_global_norm(tiny, runtime):
         norm = optimizer.reduce()
         assert norm.item() == pytest.approx(grad.double().norm().item(), rel=1e-5)
         optimizer.step(norm, 0.0, 0.0)
-        muon = torch.cat([optimizer.momentum[bank].flatten() for bank in BANKS]).norm()
-        clipped = torch.stack([muon, optimizer.rest.norm()]).norm().item()
+        clipped = torch.stack([optimizer.momentum.norm(), optimizer.rest.norm()]).norm().item()
         assert clipped == pytest.approx(expected or grad.norm().item(), rel=1e-4)
 
 
@@ -255,24 +253,12 @@ def test_the_plan_follows_its_settings(tiny):
     grown = [plan_step(by_progress, 10**6, p).num_passes for p in (0.0, 0.49, 0.5, 1.0)]
     assert grown == [2, 2, 1, 1]
     assert not any(p.qat for p in plans(tiny(late_qat_threshold=0.0)))
-    constant = plans(tiny(warmdown_frac=0.0, muon_momentum_warmup_frac=0.0), 8000)
+    constant = plans(tiny(warmdown_frac=1e-9, muon_momentum_warmup_frac=1e-9), 8000)
     assert all(p.lr_scale == 1 for p in constant)
     assert all(p.momentum == pytest.approx(0.99) for p in constant[1:])
     linear = plans(tiny(warmdown_frac=1.0))
     assert linear[500].lr_scale == pytest.approx(0.75)
     assert plan_step(tiny(num_passes=2), 0, 0.0).num_passes == 2
-
-
-@pytest.mark.parametrize(
-    "schedule", ["0.0:1,0.626:2,0.813:3", "0:1,30:2,50:3", "0.0:3,0.97:1", "0.0:1,0.9995:2"]
-)
-def test_the_warm_up_knows_every_graph_of_a_run(tiny, schedule):
-    """No step of a run of any length needs a (passes, QAT) that the warm-up did not run."""
-    hp = tiny(passes_schedule=schedule)
-    known = set(run_graphs(hp))
-    needed = {plan_step(hp, s, s / n)[:2] for n in (7, 60, 1000, 6330) for s in range(n)}
-    assert needed <= known
-    assert len(known) == len(run_graphs(hp)) <= 2 * len(hp.growth)
 
 
 # ---------------------------------------------------------------------------------------- averages
@@ -334,45 +320,66 @@ def test_every_kind_of_average_reaches_the_exported_weights(tiny):
 
 
 class Observed(Trainer):
-    """A trainer that keeps the weights after each step, and what each step gave the model."""
-
-    def watch(self, step, norm):
-        super().watch(step, norm)
-        if norm is not None:
-            self.weights.append(self.flat.data.double().clone())
+    """A trainer that keeps what each step was given, and the weights after it."""
 
     def accumulate(self, batch, passes, floor):
         self.inputs.append((passes, floor is not None))
         return super().accumulate(batch, passes, floor)
 
+    def take_step(self, progress):
+        self.progress.append(progress)
+        result = super().take_step(progress)
+        self.weights.append(self.flat.data.double().clone())
+        return result
+
+
+class Idle(Observed):
+    """It computes nothing; before_step() is called instead."""
+
+    def before_step(self):
+        pass
+
+    def accumulate(self, batch, passes, floor):
+        self.inputs.append((passes, floor is not None))
+        self.before_step()
+        return torch.ones(3 + 3 * passes)
+
+
+def make_trainer(kind: type, hp, runtime: Runtime) -> Observed:
+    hp, data = open_data(hp, runtime)
+    torch.manual_seed(hp.seed)
+    made = kind(GPT(hp), data, runtime, Lines(), Interrupts())
+    made.progress, made.inputs, made.weights = [], [], []
+    return made
+
 
 @pytest.fixture
-def trainer(corpus, tiny, runtime):
-    """trainer(name=value, ...) -> a trainer of a shallow model on the corpus."""
+def trainer(tiny, runtime):
+    """trainer(kind, name=value, ...) -> a trainer of a shallow model on the corpus."""
 
-    def make(**changes) -> Observed:
+    def make(kind: type = Observed, **changes) -> Observed:
         hp = tiny(**(SHALLOW | {"train_log_every": 4} | changes))
-        shards = [open_data_shard(p) for p in find_data_shards(corpus.data_path, "train")]
-        table = TokenBytes(corpus.tokenizer, runtime.device)
-        evaluator = Evaluator(corpus.val_tokens[:100], table, hp, runtime, Lines())
-        torch.manual_seed(hp.seed)
-        made = Observed(GPT(hp), BatchLoader(shards, hp, runtime), evaluator)
-        made.weights, made.inputs = [], []
-        return made
+        return make_trainer(kind, hp, runtime)
 
     return make
 
 
+def finish(one: Trainer, folder=None) -> bool:
+    tokens = one.data.val_tokens[:100]
+    evaluator = Evaluator(one.hp, tokens, one.data.token_bytes, one.runtime, one.log)
+    return one.train(evaluator, folder)
+
+
 def test_each_step_follows_the_plan(trainer):
-    """Passes and QAT as planned, lr 0 moves nothing, and the log says what ran."""
+    """Passes and QAT as planned, and the log says what ran."""
     one = trainer(iterations=20, weight_average="none")
-    one.train()
+    assert finish(one) is False
     plan = [plan_step(one.hp, s, s / 20) for s in range(20)]
     assert one.inputs == [(p.num_passes, p.qat) for p in plan]
     assert {p.qat for p in plan} == {False, True}
-    events = [name for name, _ in one.log.events]
-    assert [events.count(name) for name in ("progressive_passes", "late_qat", "stop")] == [3, 1, 1]
-    logged = [pairs for name, pairs in one.log.events if "train_loss" in pairs]
+    counts = [len(one.log.of(name)) for name in ("progressive_passes", "late_qat", "stop")]
+    assert counts == [3, 1, 1]
+    logged = [pairs for pairs in one.log.of("") if "train_loss" in pairs]
     assert [pairs["step"] for pairs in logged] == [f"{s}/20" for s in (1, 4, 8, 10, 12, 16, 20)]
     assert logged[-1]["residual_scale"] == one.model.recurrence.residual_scale.tolist()
 
@@ -380,7 +387,7 @@ def test_each_step_follows_the_plan(trainer):
 def test_qat_reaches_the_model(trainer):
     """A step under QAT differs from the same step without it."""
     plain, quantized = trainer(), trainer()
-    batch, floor = plain.loader.batch(0), torch.tensor(0.02)
+    batch, floor = plain.data.loader.batch(0), torch.tensor(0.02)
     with torch.no_grad():
         for t in (plain, quantized):
             t.flat.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
@@ -397,7 +404,7 @@ def test_gradients_are_of_the_mean_loss_and_proxy_however_the_batch_is_cut(train
     for micro_batch_tokens in (32, 96, 256):
         one = trainer(micro_batch_tokens=micro_batch_tokens, jacobian_proxy_weight=3.0)
         one.model.load_state_dict(model.state_dict())
-        batch = one.loader.batch(0)
+        batch = one.data.loader.batch(0)
         results.append((one.accumulate(batch, 3, None), one.model))
     losses, stability = model(batch[:, :-1], batch[:, 1:], 3)
     proxy = stability.jacobian_proxy.mean()
@@ -437,99 +444,181 @@ def expected_average(kind: str, hp, start, weights: list) -> torch.Tensor:
 def test_the_average_is_what_training_leaves_to_export(trainer, kind):
     one = trainer(iterations=12, weight_average=kind, ema_frac=0.2, swa_frac=0.09, swa_lr_scale=0.9)
     start = one.flat.data.double().clone()
-    one.train()
+    finish(one)
+    one.average_weights()
     result, expected = one.flat.data.double(), expected_average(kind, one.hp, start, one.weights)
     assert (result - expected).norm() < 1e-5 * expected.norm()
     if kind != "none":
         assert (result - one.weights[-1]).norm() > 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    "schedule", ["0.0:1,0.626:2,0.813:3", "0:1,30:2,50:3", "0.0:3,0.97:1", "0.0:1,0.9995:2"]
+)
+def test_the_warm_up_runs_every_graph_of_a_run(trainer, schedule):
+    """No step of a run of any length needs a (passes, QAT) that the warm-up did not run."""
+    one = trainer(Idle, passes_schedule=schedule, warmup_steps=1)
+    one.warm_up()
+    plans = [plan_step(one.hp, s, s / n) for n in (7, 60, 1000, 6330) for s in range(n)]
+    assert {(plan.num_passes, plan.qat) for plan in plans} <= set(one.inputs)
+
+
 def test_validation_and_warm_up_change_nothing(trainer):
-    """The weights are bit-identical; validations are scored and the clock is not charged."""
+    """The weights are bit-identical, and validations are scored."""
     plain, other = trainer(iterations=8), trainer(iterations=8, val_loss_every=3, warmup_steps=5)
-    plain.train()
+    finish(plain)
     state, weights = torch.get_rng_state(), other.flat.data.clone()
     other.warm_up()
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(other.flat.data, weights)
     assert other.flat.grad.count_nonzero() == 0
-    assert set(other.inputs) == set(run_graphs(other.hp))
-    other.train()
+    finish(other)
     assert torch.equal(plain.flat.data, other.flat.data)
-    validations = [pairs for name, pairs in other.log.events if name == "validation"]
-    assert [pairs["step"] for pairs in validations] == [3, 6]
+    assert [pairs["step"] for pairs in other.log.of("validation")] == [3, 6]
 
 
-def test_validation_is_not_charged_to_the_clock(trainer, monkeypatch):
-    now, one = [100.0], trainer()
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step(trainer, step):
+    """The last step's, too."""
+    one = trainer(Idle, iterations=8)
+
+    def poison() -> None:
+        if len(one.inputs) == step:
+            one.flat.grad[7] = math.nan
+
+    one.before_step = poison
+    with pytest.raises(FloatingPointError, match=rf"step {step}: .*lower"):
+        finish(one)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "asked", "passes", "warning"),
+    [
+        ("0:1,120:2,5000:3", None, 2, None),
+        ("0:1,120:2,5000:3", 1, 1, None),
+        ("0:1,120:2,5000:3", 3, 3, "with 3 passes, training reached 2"),
+        ("0:1,149:2", None, 2, "only the last 1 of 150 steps had 2 passes"),
+        ("0:3", None, 3, None),
+    ],
+)
+def test_a_model_is_scored_with_the_passes_that_training_reached(
+    trainer, schedule, asked, passes, warning
+):
+    one = trainer(Idle, iterations=150, passes_schedule=schedule, eval_passes=asked)
+    finish(one)
+    assert one.average_weights() == passes
+    texts = [pairs["text"] for pairs in one.log.of("warning")]
+    assert len(texts) == (warning is not None)
+    assert not warning or warning in texts[0]
+
+
+# -------------------------------------------------------------------------------------------- clock
+
+
+@pytest.fixture
+def hand(monkeypatch):
+    """The time of time.perf_counter, in a list of one, to be moved by hand."""
+    now = [100.0]
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
+    return now
+
+
+def takes(one: Idle, hand: list, *seconds: float) -> None:
+    """Lets each step take so long: the given times in turn, over and over."""
+
+    def before_step() -> None:
+        hand[0] += seconds[(len(one.inputs) - 1) % len(seconds)]
+
+    one.before_step = before_step
+
+
+CAPPED = {"iterations": None, "max_wallclock_seconds": 1.0}
+
+
+@pytest.mark.parametrize("seconds", [(0.03,), (0.12,), (0.35,), (0.01, 0.01, 0.09)])
+def test_training_ends_with_the_last_step_that_fits_the_wall_clock(trainer, hand, seconds):
+    """None ends after the cap, were it as slow as the slowest; the progress is the time's."""
+    one = trainer(Idle, **CAPPED)
+    takes(one, hand, *seconds)
+    finish(one)
+    assert 1.0 - 2.1 * max(seconds) < hand[0] - 100 <= 1.0
+    assert one.progress == sorted(one.progress)
+    begun = np.cumsum([0.0, *np.resize(seconds, len(one.progress) - 1)])
+    assert one.progress[2:] == pytest.approx(
+        begun[2:].tolist(), abs=max(seconds) - min(seconds) + 1e-6
+    )
+
+
+def test_by_steps_the_progress_is_that_of_the_steps(trainer):
+    one = trainer(Idle, iterations=10, max_wallclock_seconds=1e6)
+    finish(one)
+    assert one.progress == pytest.approx([s / 10 for s in range(10)], abs=1e-4)
+
+
+def test_validation_is_not_charged_to_the_clock(trainer, hand, monkeypatch):
+    one = trainer(Idle, val_loss_every=3, **CAPPED)
+    takes(one, hand, 0.05)
 
     def fifty_seconds(*_, **__) -> None:
-        now[0] += 50
+        hand[0] += 50
 
-    one.evaluator.run, clock = fifty_seconds, Clock(one.hp, one.runtime)
-    now[0] += 2
-    one.validate(1, 1, clock)
-    assert now[0] == 152
-    assert clock.elapsed() == 2
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step(trainer):
-    one = trainer(iterations=8)
-    inner = one.accumulate
-
-    def poisoned(batch, passes, floor):
-        sums = inner(batch, passes, floor)
-        if len(one.inputs) == 5:
-            one.flat.grad[7] = math.nan
-        return sums
-
-    one.accumulate = poisoned
-    with pytest.raises(FloatingPointError, match=r"step 5: .*lower"):
-        one.train()
-    assert len(one.inputs) == 5
+    monkeypatch.setattr(Evaluator, "run", fifty_seconds)
+    finish(one)
+    assert len(one.progress) >= 18
+    [stop] = one.log.of("stop")
+    assert int(stop["train_time"].removesuffix("ms")) <= 1000
 
 
-@pytest.mark.parametrize("seconds", [0.03, 0.12, 0.35])
-def test_training_ends_with_the_last_step_that_fits_the_wall_clock(
-    tiny, runtime, monkeypatch, seconds
-):
-    """Steps of equal length on a clock that is moved by hand: none ends after the cap."""
-    now = [100.0]
-    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
-    clock, seen = Clock(tiny(iterations=None, max_wallclock_seconds=1.0), runtime), []
-    while (progress := clock.progress(len(seen))) < 1:
-        seen.append(progress)
-        now[0] += seconds
-    assert len(seen) == int(1.0 / seconds + 1e-6)
-    begun = [seconds * step for step in range(len(seen))]
-    assert seen[2:] == pytest.approx(begun[2:]), "after the second step the progress is the time's"
-    clock = Clock(tiny(iterations=10, max_wallclock_seconds=1e6), runtime)
-    assert [clock.progress(step) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+def test_checkpoints_count_and_none_is_written_near_the_end(trainer, hand, monkeypatch, tmp_path):
+    one, saved = trainer(Idle, checkpoint_seconds=0.22, **CAPPED), []
+    takes(one, hand, 0.05)
+
+    def slowly(*_) -> bool:
+        saved.append(hand[0] - 100)
+        hand[0] += 0.1
+        return True
+
+    monkeypatch.setattr(train_gpt, "save_checkpoint", slowly)
+    finish(one, tmp_path)
+    assert saved
+    assert saved[-1] < 1 - 0.22 + 0.051
+    assert hand[0] - 100 <= 1.0
+    assert one.progress == sorted(one.progress)
 
 
-def test_the_reserve_is_kept_and_a_resumed_clock_goes_on(tiny, runtime, monkeypatch):
-    """Steps of 0.05 s of 1 s; then after 0.3 s, with a checkpoint that takes as long as 4 steps."""
-    now = [100.0]
-    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: now[0])
-    hp = tiny(iterations=None, max_wallclock_seconds=1.0, checkpoint_seconds=0.22)
+def test_a_resumed_clock_goes_on_and_at_the_cap_there_is_no_step(trainer, hand):
+    for elapsed, steps in ((0.6, range(6, 9)), (1.0, range(1)), (1.3, range(1))):
+        one = trainer(Idle, **CAPPED)
+        one.step, one.elapsed = 20, elapsed
+        takes(one, hand, 0.05)
+        finish(one)
+        assert len(one.progress) in steps
+        assert all(progress >= elapsed for progress in one.progress[2:])
 
-    def progress_of(clock: Clock) -> list[float]:
-        seen = []
-        while (progress := clock.progress(len(seen))) < 1:
-            if clock.checkpoint:
-                now[0] += 0.2
-                clock.last = now[0]
-            seen.append(progress)
-            now[0] += 0.05
-        return seen
 
-    kept = progress_of(Clock(replace(hp, reserve_seconds=0.4, checkpoint_seconds=None), runtime))
-    assert len(kept) == 12
-    assert kept[2:] == pytest.approx([step / 12 for step in range(2, 12)])
-    resumed = Clock(hp, runtime, elapsed=0.3, progress=0.28)
-    began = now[0]
-    seen = progress_of(resumed)
-    assert seen[0] == 0.28
-    assert seen == sorted(seen)
-    assert 0.6 < now[0] - began <= 0.7
+def test_a_signal_in_the_last_step_is_noticed(trainer):
+    one = trainer(Idle, iterations=3)
+
+    def interrupt() -> None:
+        if len(one.inputs) == 3:
+            one.interrupts.handle(signal.SIGTERM, None)
+
+    one.before_step = interrupt
+    with one.interrupts.deferred("it ends"):
+        assert finish(one) is True
+    assert one.log.of("stop")[0]["interrupted"] == 1
+
+
+def follow_the_clock(runtime: Runtime, hp) -> list[float]:
+    one = make_trainer(Idle, hp, runtime)
+    one.before_step = lambda: time.sleep(0.01 + 0.005 * runtime.rank)
+    finish(one)
+    return one.progress
+
+
+def test_every_rank_follows_the_clock_of_the_first(tiny, on_ranks):
+    hp = tiny(iterations=None, max_wallclock_seconds=0.6, **SHALLOW)
+    seen = on_ranks(2, follow_the_clock, hp)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 5
+    assert seen[0] == sorted(seen[0])

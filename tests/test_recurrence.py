@@ -8,19 +8,14 @@ import torch
 from conftest import SHALLOW
 
 from train_gpt import (
+    BANKS,
     GPT,
     FlatParameters,
     Optimizer,
     Recurrence,
     WeightAverage,
-    correction,
-    parameter_group,
+    error_feedback,
 )
-
-
-def plain(function):
-    """In place of a compiled region."""
-    return function
 
 
 def linear_core(D: int, gain: float, seed: int = 0):
@@ -38,12 +33,12 @@ def reference(module: Recurrence, h, core, num_passes: int):
         c = torch.zeros_like(h)
         a = 1.0
         if k > 0:
-            if module.interpass_rmsnorm:
+            if module.hp.interpass_rmsnorm:
                 h = torch.stack([row / math.sqrt(float(row @ row) / len(row) + 1e-6) for row in h])
             a = float(p["residual_scale"][k - 1])
-            if module.mode != "none":
+            if module.hp.feedback_mode != "none":
                 c = torch.stack([p["U"] @ (p["V"].T @ row) for row in h])
-            if module.mode == "diagonal":
+            if module.hp.feedback_mode == "diagonal":
                 c = c * p["d"][min(k, len(p["d"])) - 1]
         z = h + c
         h_next = h + a * (core(z) - z)
@@ -71,21 +66,21 @@ def test_the_equations(tiny, mode, per_pass, interpass_rmsnorm):
     assert {name for name, _ in module.named_parameters()} == {"residual_scale"} | names
     h, core = torch.randn(3, 5, 32), linear_core(32, 1.7)
     h[1] *= 100  # the proxy is of each sequence: a large one does not hide the others
-    out, stability = module(h, core, 3, plain)
+    out, stability = module(h, core, 3)
     expected = [reference(module, row.double(), core, 3) for row in h]
     for row in range(3):
         difference = (out[row].double() - expected[row][0]).norm() / expected[row][0].norm()
         assert difference < 1e-5
         assert stability.jacobian_proxy[row].item() == pytest.approx(expected[row][1], rel=1e-4)
     for k in range(3):
-        h_k = h if k == 0 else module(h, core, k, plain)[0]
+        h_k = h if k == 0 else module(h, core, k)[0]
         if interpass_rmsnorm and k:
             continue
         c = torch.stack([e[2][k] for e in expected])
         size = h_k.flatten(1).norm(dim=1)
         ratio = (c.flatten(1).norm(dim=1) / size).mean().item()
         assert stability.feedback[k].item() == pytest.approx(ratio, rel=1e-4)
-        h_next = module(h, core, k + 1, plain)[0]
+        h_next = module(h, core, k + 1)[0]
         growth = (h_next.flatten(1).norm(dim=1) / size).mean().item()
         assert stability.growth[k].item() == pytest.approx(growth, rel=1e-4)
         update = ((h_next - h_k).flatten(1).norm(dim=1) / size).mean().item()
@@ -98,8 +93,11 @@ def test_the_correction_of_one_position(tiny):
         float(d[i]) * sum(U[i, r] * sum(V[j, r] * h[0, 0, j] for j in range(6)) for r in range(2))
         for i in range(6)
     ]
-    torch.testing.assert_close(correction(h, U, V, d)[0, 0], torch.stack(expected))
-    torch.testing.assert_close(correction(h, U, V, None), correction(h, U, V, torch.ones(6)))
+    c, z = error_feedback(h, U, V, d)
+    torch.testing.assert_close(c[0, 0], torch.stack(expected))
+    assert torch.equal(z, h + c)
+    ones = error_feedback(h, U, V, torch.ones(6))
+    torch.testing.assert_close(error_feedback(h, U, V, None), ones)
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.2, 0.0), (0.99, 0.0), (1.5, 0.25), (3.0, 4.0)])
@@ -108,7 +106,7 @@ def test_the_proxy_of_contractive_and_expanding_cores(tiny, gain, expected):
     module = Recurrence(tiny())
     h = torch.randn(2, 5, 32)
     later = 2 * max(0.0, gain / 2 - 1) ** 2  # U is 0 at the start: no correction yet
-    proxy = module(h, linear_core(32, gain), 3, plain)[1].jacobian_proxy
+    proxy = module(h, linear_core(32, gain), 3)[1].jacobian_proxy
     torch.testing.assert_close(proxy, torch.full((2,), expected + later), rtol=1e-4, atol=1e-6)
     assert (proxy == 0).all() or gain > 1
 
@@ -122,7 +120,7 @@ def test_the_proxy_has_the_gradient_of_its_definition(tiny):
             p.copy_(torch.randn_like(p))
     h = torch.randn(1, 5, 32, requires_grad=True)
     places = [h, *module.parameters()]
-    module(h, core, 3, plain)[1].jacobian_proxy.sum().backward()
+    module(h, core, 3)[1].jacobian_proxy.sum().backward()
     directions = [torch.randn_like(p) for p in places]
     slope = sum((p.grad * v).sum().item() for p, v in zip(places, directions, strict=True))
     values = []
@@ -141,7 +139,7 @@ def test_the_proxy_has_a_finite_gradient_where_nothing_moves(tiny):
     """A core that is the identity, and a state of zeros."""
     module = Recurrence(tiny())
     for h in (torch.randn(1, 4, 32, requires_grad=True), torch.zeros(1, 4, 32, requires_grad=True)):
-        module(h, lambda z: z * 1.0, 3, plain)[1].jacobian_proxy.sum().backward()
+        module(h, lambda z: z * 1.0, 3)[1].jacobian_proxy.sum().backward()
         assert torch.isfinite(h.grad).all()
 
 
@@ -157,13 +155,13 @@ def test_growth_leaves_the_first_pass_unchanged(tiny, random_model):
     for num_passes in (1, 2, 3):
         calls = seen[num_passes] = []
 
-        def record(h, core, num_passes, region, calls=calls):
+        def record(h, core, num_passes, calls=calls):
             def spied(z):
                 calls.append((z, core(z)))
                 return calls[-1][1]
 
             calls.append(h)
-            return inner(h, spied, num_passes, region)
+            return inner(h, spied, num_passes)
 
         model.recurrence.forward = record
         with torch.no_grad():
@@ -186,7 +184,7 @@ def test_one_pass_is_the_core_unscaled(tiny):
         for p in module.parameters():
             p.fill_(math.nan)
     h, core = torch.randn(2, 5, 32), linear_core(32, 0.7)
-    assert torch.equal(module(h, core, 1, plain)[0], core(h))
+    assert torch.equal(module(h, core, 1)[0], core(h))
 
 
 def test_passes_beyond_those_of_training_use_the_last_scale(tiny):
@@ -195,11 +193,10 @@ def test_passes_beyond_those_of_training_use_the_last_scale(tiny):
         for p in module.parameters():
             p.copy_(torch.randn_like(p))
     h, core = torch.randn(2, 5, 32), linear_core(32, 0.1)
-    fifth = module(h, core, 5, plain)[0]
-    state = module(h, core, 4, plain)[0]
-    scale, d = module.residual_scale[-1], module.d[-1]
-    z = state + correction(state, module.U, module.V, d)
-    torch.testing.assert_close(fifth, state + scale * (core(z) - z))
+    fifth = module(h, core, 5)[0]
+    state = module(h, core, 4)[0]
+    _, z = error_feedback(state, module.U, module.V, module.d[-1])
+    torch.testing.assert_close(fifth, state + module.residual_scale[-1] * (core(z) - z))
 
 
 def test_a_model_that_never_repeats_has_nothing_to_repeat_with(tiny):
@@ -237,7 +234,8 @@ class Run:
 
 def parts(name: str, t: torch.Tensor):
     """What could be dead on its own: of a stack the row of each layer or pass."""
-    stacked = parameter_group(name) == "muon" or name in (
+    stacked = name in (
+        *BANKS,
         "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight", "ve_layer_scale",
         "recurrence.residual_scale", "recurrence.d",
     )  # fmt: skip

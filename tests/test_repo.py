@@ -1,4 +1,4 @@
-"""The repository's promises about itself: one readable file, nothing dead, a small top level."""
+"""The repository's promises about itself: one readable file, a README that works, a small top."""
 
 import ast
 import re
@@ -14,14 +14,12 @@ import train_gpt
 SOURCE = (ROOT / "train_gpt.py").read_text()
 TREE = ast.parse(SOURCE)
 LINES = SOURCE.splitlines()
-FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
 
 
 def tracked() -> list[str]:
     """Paths under version control; nothing to check in a copy without it."""
-    done = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("not a git checkout")
     return [path for path in done.stdout.splitlines() if (ROOT / path).exists()]
@@ -30,30 +28,18 @@ def tracked() -> list[str]:
 def test_the_contents_are_the_banners():
     banners = [LINES[i + 1] for i, line in enumerate(LINES[:-2]) if line == "# " + "-" * 98]
     titles = [m for line in banners if (m := re.match(r"# (\d+)\. ([^:]+)", line))]
-    listed = re.findall(
-        r"(\d+)\. +(\w+(?: \w+)*)", SOURCE.split("# Contents")[1].split("# Shapes")[0]
-    )
+    contents = SOURCE.split("# Contents")[1].split("# Shapes")[0]
+    listed = re.findall(r"(\d+)\. +(\w+(?: \w+)*)", contents)
     assert [(m[1], m[2].strip()) for m in titles] == listed
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
 
 
 def test_the_file_stays_readable_in_one_sitting():
-    """1,500 lines of code and 50 of the fused product; blanks, comments, docstrings don't count."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    texts = [
-        n.body[0] for n in ast.walk(TREE) if isinstance(n, documented) and ast.get_docstring(n)
-    ]
-    lines = {i for i, line in enumerate(LINES, 1) if line.strip() and line.lstrip()[0] != "#"}
-    lines -= {i for text in texts for i in range(text.lineno, text.end_lineno + 1)}
-    assert len(lines) <= 1550
+    assert SOURCE.count("\n") <= 1600, "by wc -l"
 
 
-def test_lines_functions_and_signatures_are_short():
-    assert [i for i, line in enumerate(LINES, 1) if len(line) > 100] == []
-    long = [f.name for f in FUNCTIONS if f.end_lineno - f.lineno > 60]
-    assert long == []
-    wide = [f.name for f in FUNCTIONS if len(f.args.args) + len(f.args.kwonlyargs) > 7]
-    assert wide == []
+def test_no_function_is_long():
+    assert [f.name for f in FUNCTIONS if f.end_lineno - f.lineno >= 40] == []
 
 
 def test_every_setting_is_read():
@@ -75,16 +61,15 @@ def test_no_function_or_constant_is_dead():
     used = {n.id for n in ast.walk(TREE) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     used |= {n.attr for n in ast.walk(TREE) if isinstance(n, ast.Attribute)}
     defined = {n.name for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    defined |= {f.name for f in FUNCTIONS if not f.name.startswith("__")} - {"forward"}
+    defined |= {f.name for f in FUNCTIONS if not f.name.startswith("__")} - {"forward", "backward"}
     for node in TREE.body:
         if isinstance(node, ast.Assign):
             defined |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
     assert defined - used == set()
 
 
-def test_the_file_alone_is_the_trainer():
-    """It imports the standard library, three packages and Triton, which a torch for GPUs brings; it
-    can load no code and keeps no global.
+def test_the_file_alone_is_the_trainer_and_executes_no_data():
+    """It imports the standard library, three packages and Triton, which a torch for GPUs brings.
 
     numpy.load and pickle can execute what a file says, and torch.load unless weights_only.
     """
@@ -94,35 +79,43 @@ def test_the_file_alone_is_the_trainer():
     packages = {"torch", "numpy", "sentencepiece", "triton"}
     assert names - set(sys.stdlib_module_names) == packages
     assert not names & {"pickle", "marshal", "shelve", "subprocess", "socket"}
-    attributes = {n.attr for n in ast.walk(TREE) if isinstance(n, ast.Attribute)}
-    calls = {n.id for n in ast.walk(TREE) if isinstance(n, ast.Name)}
-    assert not (attributes | calls) & {"eval", "exec", "__import__", "urlopen", "system"}
-    loads = [n for n in ast.walk(TREE) if getattr(getattr(n, "func", 0), "attr", "") == "load"]
-    in_kernel = ("a.load", "b.load", "s.load")
-    [load] = [n for n in loads if ast.unparse(n.func) not in in_kernel]
-    assert ast.unparse(load.func) == "torch.load"
-    assert {k.arg: getattr(k.value, "value", 0) for k in load.keywords}["weights_only"] is True
-    assert not any(isinstance(n, ast.Global) for n in ast.walk(TREE))
+    calls = [n for n in ast.walk(TREE) if isinstance(n, ast.Call)]
+    called = {ast.unparse(n.func): n for n in calls}
+    assert not called.keys() & {"eval", "exec", "__import__", "os.system", "np.load"}
+    safely = {k.arg: ast.unparse(k.value) for k in called["torch.load"].keywords}
+    assert safely["weights_only"] == "True"
 
 
-def test_public_functions_are_typed():
-    untyped = [
-        f.name
-        for f in FUNCTIONS
-        if f.returns is None
-        or any(a.annotation is None for a in f.args.args if a.arg not in ("self", "cls"))
-    ]
-    assert untyped == []
+def readme_commands() -> list[str]:
+    """Each line of a code block that starts a program, without its prompt and comment."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ").split("#")[0].strip() for line in lines]
+
+
+def test_the_commands_of_the_readme_exist():
+    """Scripts that are there, and flags that the trainer has."""
+    commands, scripts, unknown = readme_commands(), [], []
+    for command in commands:
+        scripts += re.findall(r"\b(?:data|scripts|tests)/\w+\.(?:py|sh|env)\b", command)
+        if "train_gpt.py" in command:
+            flags = command.split("train_gpt.py", 1)[1].split()
+            names = [f.split("=")[0] for f in flags if f.startswith("--")]
+            unknown += train_gpt.build_parser().parse_known_args(
+                [n for name in names for n in (name, "x")]
+            )[1]
+    assert [path for path in scripts if not (ROOT / path).exists()] == []
+    assert [word for word in unknown if word.startswith("--")] == []
+    assert any("train_gpt.py" in command for command in commands)
 
 
 def test_the_top_level_is_what_the_readme_says():
     top = {path.split("/")[0] for path in tracked()}
-    visible = {name for name in top if not name.startswith(".")}
-    assert visible <= {
+    assert {name for name in top if not name.startswith(".")} == {
         "data", "records", "scripts", "tests", "README.md", "submission.json",
         "requirements.txt", "train_gpt.py", "LICENSE", "pyproject.toml",
     }  # fmt: skip
-    assert {"data", "scripts", "tests", "train_gpt.py", "LICENSE", "pyproject.toml"} <= visible
 
 
 def test_nothing_that_is_published_names_a_machine():
