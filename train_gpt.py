@@ -241,7 +241,7 @@ class Hyperparameters:
         return [
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
             (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
-            (batch % T == 0, f"train_batch_tokens={batch}: use a multiple of the window of {T}"),
+            (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T} or such"),
             (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
             (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
             ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
@@ -433,6 +433,13 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
+    def largest(self, value: int) -> int:
+        """The largest of every rank's `value`."""
+        box = torch.tensor(value)
+        if self.world_size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
     def barrier(self) -> None:
         """Returns once every rank's device has done all that it was given before."""
         self.sum_(torch.zeros(1, device=self.device)).item()
@@ -551,8 +558,8 @@ def open_data_shard(path: Path) -> np.ndarray:
     size, start = path.stat().st_size, 4 * SHARD_HEADER_WORDS
     head = np.fromfile(path, dtype="<i4", count=3).tolist()
     right = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
-    text = f"data shard {path} begins with {head}, not with {right}: download or prepare it again"
-    require(size > start and head == right, text)
+    text = f"data shard {path} of {size} bytes begins with {head} instead of {right}"
+    require(size > start and head == right, f"{text}: download or prepare it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(head[2],))
 
 
@@ -696,7 +703,7 @@ def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, D
         facts.append({"split": split, **counts, "fingerprint": data_fingerprint(paths)})
         if split == "train":
             loader = BatchLoader(shards, hp, runtime)
-    check_tokenizer(hp, pieces, largest)
+    check_tokenizer(hp, pieces, runtime.largest(largest))
     tokens = np.concatenate(shards)
     text = f"data_path: {len(tokens)} validation tokens are not more than a window of {T}"
     require(len(tokens) > T, f"{text}: prepare more text or lower train_seq_len")
@@ -1544,10 +1551,7 @@ class Trainer:
             log.progress(f"{progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
         self.check_norm(None)
         self.runtime.barrier()
-        self.elapsed, interrupted = (
-            clock.elapsed(),
-            bool(self.runtime.sum_(torch.tensor(self.interrupts.noted))),
-        )
+        self.elapsed, interrupted = clock.elapsed(), self.runtime.largest(self.interrupts.noted) > 0
         on_gpu, late = self.runtime.device.type == "cuda", graphs_compiled() - graphs
         facts = {"graphs_compiled_after_start": late, "interrupted": int(interrupted)}
         facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
@@ -1588,7 +1592,8 @@ class Trainer:
             if event is not None:
                 event.synchronize()
             if not math.isfinite(value):
-                text = f"step {self.step}: the gradient's norm became {value.item()}"
+                step = self.step - (norm is not None)
+                text = f"step {step}: the gradient's norm is {value.item()}, the run diverged"
                 raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
         self.norm_before = None
         if norm is not None:

@@ -132,7 +132,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, named):
     ],
 )  # fmt: skip
 def test_a_bad_growth_schedule_is_refused(schedule):
-    assert f"passes_schedule={schedule}, " in mistakes({"PASSES_SCHEDULE": schedule})
+    assert f"passes_schedule={schedule}: " in mistakes({"PASSES_SCHEDULE": schedule})
 
 
 def test_growth_is_a_list_of_steps_or_fractions():
