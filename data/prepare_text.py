@@ -117,16 +117,15 @@ def open_inputs(args: argparse.Namespace, paths: list[Path]) -> TextFiles:
 
 def request_of(args: argparse.Namespace, inputs: Any, held_out: TextFiles) -> dict[str, Any]:
     """All that the result depends on: with an equal request there is nothing to do again."""
-    names = "source vocab_size normalization allow_unknown val_fraction text_key separator"
-    options = {name: getattr(args, name) for name in (*names.split(), "shard_tokens", "seed")}
+    how = ("output", "overwrite", "workers")
     tokenizer = args.tokenizer and hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
     return {
-        "format": MANIFEST_FORMAT,
-        "sentencepiece": spm.__version__,
+        **{name: value for name, value in vars(args).items() if name not in how},
         "inputs": inputs.identity(),
-        "val_inputs": held_out.identity(),
+        "val_input": held_out.identity(),
         "tokenizer": tokenizer,
-        **options,
+        "sentencepiece": spm.__version__,
+        "format": MANIFEST_FORMAT,
     }
 
 
@@ -145,7 +144,7 @@ def finished_before(output: Path, request: dict[str, Any], overwrite: bool) -> A
         return None
     try:
         manifest = read_json(output / MANIFEST_NAME)
-        repeatable = None not in (request["inputs"], request["val_inputs"])  # not standard input
+        repeatable = None not in (request["inputs"], request["val_input"])  # not standard input
         if repeatable and manifest["request"] == request:
             return manifest
     except (OSError, UserError, KeyError, TypeError):
