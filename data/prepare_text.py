@@ -19,7 +19,6 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +29,7 @@ try:
     import sentencepiece as spm
     import torch
 
-    from data.command import read_json, run_command, usable_cores
+    from data.command import bounded, read_json, run_command, usable_cores
     from data.documents import TextFiles, find_inputs
     from data.pipeline import TOKENIZER_NAME, Preparation
     from data.python_docs import PythonDocs
@@ -42,18 +41,6 @@ except ModuleNotFoundError as error:
 
 MANIFEST_NAME, MANIFEST_FORMAT = "manifest.json", 2
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
-
-
-def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names the type by it
-    return parse
 
 
 def make_parser() -> argparse.ArgumentParser:
