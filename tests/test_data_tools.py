@@ -616,18 +616,6 @@ def test_bytes_of_the_pieces_are_compared_with_the_decoded_text(corpus):
         check_token_bytes(corpus.tokenizer, table, corpus.val_tokens)
 
 
-def test_a_shard_that_was_not_closed_is_refused(tmp_path):
-    writer = shards.ShardWriter(tmp_path, "val", 100)
-    writer.write(np.arange(5, dtype=np.uint16))
-    writer.file.flush()
-    with pytest.raises(UserError, match="magic"):
-        open_data_shard(writer.paths[0])
-    writer.write(np.arange(250, dtype=np.uint16))
-    writer.close()
-    tokens = np.concatenate([open_data_shard(path) for path in writer.paths])
-    assert tokens.tolist() == [*range(5), *range(250)]
-
-
 # ------------------------------------------------------------------------------------ as commands
 
 
