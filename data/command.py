@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -40,6 +41,18 @@ def run_command(work: Callable[[], None], kept: str) -> int:
         print(f"error: {error}: {kept}", file=sys.stderr)
         return 1
     return 0
+
+
+def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names the type by it
+    return parse
 
 
 def progress(what: str, total: int | None, unit: str = "B") -> tqdm:

@@ -137,7 +137,7 @@ def shard_files(remote: Iterable[str], dataset: str, train_shards: int) -> list[
 
 def fetch_manifest(hub: Hub, file: RepoFile, args: argparse.Namespace, has_shards: bool) -> Any:
     """What the repository says of its files; kept as data/manifest.json. Raises UserError."""
-    kept, fresh = args.data_dir / "manifest.json", args.data_dir / ".download" / "manifest.fresh"
+    kept, fresh = args.data_dir / "manifest.json", args.data_dir / "cache" / "manifest.json"
     hub.fetch(file, fresh)
     manifest = read_json(fresh)
     changed = kept.is_file() and kept.read_bytes() != fresh.read_bytes()
@@ -206,8 +206,8 @@ def run(args: argparse.Namespace) -> None:
         tokens = sum(len(open_data_shard(path)) for path in paths)
         fingerprint = data_fingerprint(paths)
         print(f"{split}: {len(paths)} shards, {tokens:,} tokens, fingerprint {fingerprint}")
-    for folder in {args.data_dir, *(path.parent for path in files)}:
-        shutil.rmtree(folder / ".download", ignore_errors=True)
+    for folder in (args.data_dir / "cache", *{path.parent / ".download" for path in files}):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

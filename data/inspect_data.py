@@ -24,7 +24,7 @@ try:
     import sentencepiece as spm
     import torch
 
-    from data.command import progress, run_command, usable_cores
+    from data.command import bounded, progress, run_command, usable_cores
     from data.overlap import BLOCK_TOKENS, ValidationIndex, document_blocks
     from data.shards import split_bytes
     from data.tokenizer import check_token_bytes, open_tokenizer
@@ -104,19 +104,21 @@ def describe_split(
 
 def describe_vocabulary(histogram: np.ndarray, tokenizer: spm.SentencePieceProcessor) -> str:
     """How the tokens of all splits are spread over the vocabulary."""
-    total, pieces = histogram.sum(), range(len(histogram))
-    count = {
-        "byte-fallback": sum(int(histogram[i]) for i in pieces if tokenizer.IsByte(i)),
-        "unknown": int(histogram[tokenizer.unk_id()]),
-        "control": sum(int(histogram[i]) for i in pieces if tokenizer.IsControl(i)),
+    total, ids = histogram.sum(), range(len(histogram))
+    pieces = [tokenizer.IdToPiece(i) for i in ids]
+    special = {
+        "byte-fallback": [i for i in ids if tokenizer.IsByte(i)],
+        "unknown": [tokenizer.unk_id()],
+        "control": [i for i in ids if tokenizer.IsControl(i)],
     }
-    text = [i for i in pieces if not (tokenizer.IsByte(i) or tokenizer.IsControl(i))]
-    unused = [tokenizer.IdToPiece(i) for i in text if histogram[i] == 0]
-    top = np.argsort(-histogram, kind="stable")[:FREQUENT_PIECES]
-    frequent = ", ".join(f"{tokenizer.IdToPiece(int(i))} {histogram[i] / total:.1%}" for i in top)
-    kinds = ", ".join(f"{n:,} {kind} ({n / total:.2%})" for kind, n in count.items())
+    counts = {kind: int(histogram[members].sum()) for kind, members in special.items()}
+    kinds = ", ".join(f"{n:,} {kind} ({n / total:.2%})" for kind, n in counts.items())
+    top = np.argsort(-histogram, kind="stable")[:FREQUENT_PIECES].tolist()
+    frequent = ", ".join(f"{pieces[i]} {histogram[i] / total:.1%}" for i in top if histogram[i])
+    text = set(ids).difference(*special.values())
+    unused = [pieces[i] for i in sorted(text) if histogram[i] == 0]
     return (
-        f"vocabulary: {np.count_nonzero(histogram):,} of {len(histogram):,} pieces occur; {kinds}\n"
+        f"vocabulary: {np.count_nonzero(histogram):,} of {len(pieces):,} pieces occur; {kinds}\n"
         f"  most frequent: {frequent}\n"
         f"  text pieces that never occur: {len(unused)} {' '.join(unused[:FREQUENT_PIECES])}"
     )
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tokenizer", type=Path, help="SentencePiece model (default: the one found with DIR)")
     overlap_help = "look for validation text in the training text"
     add("--overlap", action=argparse.BooleanOptionalAction, default=True, help=overlap_help)
-    add("--workers", type=int, default=usable_cores(), help="threads")
+    add("--workers", type=bounded(int, 1, 1024), default=usable_cores(), help="threads")
     args = parser.parse_args(argv)
     return run_command(lambda: inspect(args), kept="nothing was changed")
 

@@ -19,7 +19,6 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +29,7 @@ try:
     import sentencepiece as spm
     import torch
 
-    from data.command import read_json, run_command, usable_cores
+    from data.command import bounded, read_json, run_command, usable_cores
     from data.documents import TextFiles, find_inputs
     from data.pipeline import TOKENIZER_NAME, Preparation
     from data.python_docs import PythonDocs
@@ -42,18 +41,6 @@ except ModuleNotFoundError as error:
 
 MANIFEST_NAME, MANIFEST_FORMAT = "manifest.json", 2
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
-
-
-def bounded(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names the type by it
-    return parse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -117,16 +104,15 @@ def open_inputs(args: argparse.Namespace, paths: list[Path]) -> TextFiles:
 
 def request_of(args: argparse.Namespace, inputs: Any, held_out: TextFiles) -> dict[str, Any]:
     """All that the result depends on: with an equal request there is nothing to do again."""
-    names = "source vocab_size normalization allow_unknown val_fraction text_key separator"
-    options = {name: getattr(args, name) for name in (*names.split(), "shard_tokens", "seed")}
+    how = ("output", "overwrite", "workers")
     tokenizer = args.tokenizer and hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
     return {
-        "format": MANIFEST_FORMAT,
-        "sentencepiece": spm.__version__,
+        **{name: value for name, value in vars(args).items() if name not in how},
         "inputs": inputs.identity(),
-        "val_inputs": held_out.identity(),
+        "val_input": held_out.identity(),
         "tokenizer": tokenizer,
-        **options,
+        "sentencepiece": spm.__version__,
+        "format": MANIFEST_FORMAT,
     }
 
 
@@ -145,7 +131,7 @@ def finished_before(output: Path, request: dict[str, Any], overwrite: bool) -> A
         return None
     try:
         manifest = read_json(output / MANIFEST_NAME)
-        repeatable = None not in (request["inputs"], request["val_inputs"])  # not standard input
+        repeatable = None not in (request["inputs"], request["val_input"])  # not standard input
         if repeatable and manifest["request"] == request:
             return manifest
     except (OSError, UserError, KeyError, TypeError):

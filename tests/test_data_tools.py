@@ -255,6 +255,8 @@ def test_little_text_lowers_the_vocabulary_and_a_folder_is_an_input(prepare, tmp
     assert sorted(all_documents(tmp_path / "out")) == [
         "# One The first note.", "def second(): return 'note'",
     ]  # fmt: skip
+    spaceless = [text.replace(" ", "") for text in make_documents(40, line="")]
+    assert prepare(write_jsonl(tmp_path / "in.jsonl", spaceless), output="spaceless") == 0
     dump = tmp_path / "dump.txt"
     dump.write_text("<|endoftext|>".join(make_documents(40)))
     assert prepare(dump, output="dump") == 0
@@ -616,18 +618,6 @@ def test_bytes_of_the_pieces_are_compared_with_the_decoded_text(corpus):
         check_token_bytes(corpus.tokenizer, table, corpus.val_tokens)
 
 
-def test_a_shard_that_was_not_closed_is_refused(tmp_path):
-    writer = shards.ShardWriter(tmp_path, "val", 100)
-    writer.write(np.arange(5, dtype=np.uint16))
-    writer.file.flush()
-    with pytest.raises(UserError, match="magic"):
-        open_data_shard(writer.paths[0])
-    writer.write(np.arange(250, dtype=np.uint16))
-    writer.close()
-    tokens = np.concatenate([open_data_shard(path) for path in writer.paths])
-    assert tokens.tolist() == [*range(5), *range(250)]
-
-
 # ------------------------------------------------------------------------------------ as commands
 
 
@@ -654,5 +644,5 @@ def test_any_terminal_and_a_reader_that_has_enough(prepare, tmp_path, capsys, mo
         inspect, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     process.stdout.close()
-    assert "Error" not in process.stderr.read()
+    assert "rror" not in process.stderr.read()
     assert process.wait() == 1
