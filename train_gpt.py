@@ -1553,8 +1553,9 @@ class Trainer:
         self.runtime.barrier()
         self.elapsed, interrupted = clock.elapsed(), self.runtime.largest(self.interrupts.noted) > 0
         on_gpu, late = self.runtime.device.type == "cuda", graphs_compiled() - graphs
-        facts = {"graphs_compiled_after_start": late, "interrupted": int(interrupted)}
-        facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
+        memory = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
+        facts = {"graphs_compiled_after_start": late, "peak_memory_mib": memory}
+        facts["interrupted"] = int(interrupted)
         log.event("stop", step=self.step, **clock.fields(self.step), **facts)
         return interrupted
 
@@ -1607,7 +1608,7 @@ class Trainer:
         ratios = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
         facts = {"step": f"{step}/{hp.iterations}" if hp.iterations else step}
         facts["train_loss"] = f"{nats / hp.train_batch_tokens:.4f}"
-        facts["train_bpb"] = f"{nats / math.log(2) / text_bytes:.4f}"
+        facts["train_bpb"] = f"{nats / math.log(2) / max(1, text_bytes):.4f}"
         facts |= {"jacobian_proxy": proxy / hp.batch_seqs, "grad_norm": norm.item()}
         facts |= {"lr_scale": plan.lr_scale, "passes": plan.num_passes, "qat": int(plan.qat)}
         facts |= zip(("growth", "update", "feedback_norm"), ratios, strict=True)
@@ -1672,7 +1673,7 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
         write_aside(path, hashlib.sha256(data).digest() + data)
         # The one before it stays. Later ones go first: a resumed run has found them damaged.
         found = sorted(folder.glob("step_*.pt"), key=lambda other: (other <= path, other))
-        for old in found[:-2]:
+        for old in (*found[:-2], *folder.glob("step_*.tmp")):
             old.unlink()
     except OSError as error:  # the run goes on, and older checkpoints stay
         trainer.log.event("checkpoint_failed", path=path, reason=error.strerror)
@@ -2082,7 +2083,7 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> Files:
     remedy = "choose another run_id"
     if files.artifact in existing:
         remedy = f"score it again with --evaluate {files.artifact}, or {remedy}"
-    elif files.checkpoints in existing:
+    elif {files.log, files.checkpoints} <= set(existing):
         remedy = f"go on from its checkpoint with --resume, or {remedy}"
     text = f"run_id: {', '.join(map(str, existing))} would be overwritten"
     require(not existing, f"{text}: {remedy}")
@@ -2099,7 +2100,10 @@ def check_paths(hp: Hyperparameters) -> None:
         (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {data}"),
         (find_tokenizer(hp).is_file(), f"tokenizer_path={find_tokenizer(hp)} is missing: set it"),
         (losses.parent.is_dir() and not losses.is_dir(), f"token_losses={losses} can be no file"),
-        (shutil.disk_usage(folder).free > need, f"output_dir={output}: {need} bytes are not free"),
+        (
+            shutil.disk_usage(folder).free > need,
+            f"output_dir={output}: less than {need} bytes free",
+        ),
     ]
     mistakes = [text for holds, text in rules if not holds]
     require(not mistakes, "\n".join(mistakes))
@@ -2131,7 +2135,9 @@ def write_or_rescue(path: Path, data: bytes, log: Log) -> Path:
         write_aside(path, data)
         return path
     rescued = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
-    log.event("warning", text=f"{path} cannot be written, {rescued} is instead")
+    text = f"{path} cannot be written, {rescued} is instead"
+    log.event("warning", text=text)
+    print(f"warning: {text}", file=sys.stderr)  # the log may be on the same full disk
     write_aside(rescued, data)
     return rescued
 

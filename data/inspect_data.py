@@ -27,12 +27,13 @@ try:
     from data.command import bounded, progress, run_command, usable_cores
     from data.overlap import BLOCK_TOKENS, ValidationIndex, document_blocks
     from data.shards import split_bytes
-    from data.tokenizer import check_token_bytes, open_tokenizer
+    from data.tokenizer import check_token_bytes
     from train_gpt import (
         TokenBytes,
         UserError,
         data_fingerprint,
         find_data_shards,
+        load_tokenizer,
         open_data_shard,
         require,
     )
@@ -144,7 +145,7 @@ def inspect(args: argparse.Namespace) -> None:
         except UserError as error:
             faults.append(str(error))
     require(not faults, "\n  ".join(faults))
-    tokenizer = open_tokenizer(find_tokenizer(args.folder, args.tokenizer))
+    tokenizer = load_tokenizer(find_tokenizer(args.folder, args.tokenizer))
     histogram = 0
     for name, paths in splits.items():
         text, counts = describe_split(name, paths, tokenizer)

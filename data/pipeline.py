@@ -28,11 +28,10 @@ from data.tokenizer import (
     Normalizer,
     check_tokenizer,
     count_characters,
-    open_tokenizer,
     rare_characters,
     train_tokenizer,
 )
-from train_gpt import TokenBytes, UserError, data_fingerprint, require
+from train_gpt import TokenBytes, UserError, data_fingerprint, load_tokenizer, require
 
 TOKENIZER_NAME = "tokenizer.model"
 BATCH_CHARS = 1 << 21  # encoded together by all threads; at worst 75 bytes of memory for each
@@ -139,7 +138,7 @@ class Preparation:
         self.model = folder / TOKENIZER_NAME
         if args.tokenizer:
             shutil.copyfile(args.tokenizer, self.model)
-            self.tokenizer = open_tokenizer(self.model)
+            self.tokenizer = load_tokenizer(self.model)
             self.normalize = Normalizer(self.tokenizer)
         else:
             self.normalize = Normalizer(args.normalization)
@@ -190,7 +189,7 @@ class Preparation:
         note(f"training a tokenizer of {size:,} pieces")
         texts = (text.translate(rare) for text in sample) if rare else sample
         self.model.write_bytes(train_tokenizer(texts, size, rule, self.args.workers))
-        self.tokenizer = open_tokenizer(self.model)
+        self.tokenizer = load_tokenizer(self.model)
         if (pieces := self.tokenizer.vocab_size()) < size:
             note(f"note: --vocab-size is lowered from {size:,} to {pieces:,}: the text has no more")
 

@@ -34,8 +34,8 @@ try:
     from data.pipeline import TOKENIZER_NAME, Preparation
     from data.python_docs import PythonDocs
     from data.shards import staged_folder
-    from data.tokenizer import RESERVED_PIECES, check_tokenizer, open_tokenizer
-    from train_gpt import UserError, require
+    from data.tokenizer import RESERVED_PIECES, check_tokenizer
+    from train_gpt import UserError, load_tokenizer, require
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
 
@@ -92,7 +92,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "--normalization is of a tokenizer to train; the one of --tokenizer has its own",
     )
     if args.tokenizer:
-        check_tokenizer(open_tokenizer(args.tokenizer), args.tokenizer, args.allow_unknown)
+        check_tokenizer(load_tokenizer(args.tokenizer), args.tokenizer, args.allow_unknown)
     else:
         args.normalization = args.normalization or "nmt_nfkc"
 

@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece as spm
 import torch
 
-from train_gpt import TokenBytes, UserError, load_tokenizer, require
+from train_gpt import TokenBytes, UserError, require
 
 SPACE = "▁"  # how SentencePiece writes a space
 UNICODE_SIZE = 0x110000
@@ -19,15 +19,6 @@ MAX_ROUNDS = 4  # of normalization; two are enough for all but made-up texts
 RESERVED_PIECES = 260  # 256 bytes and pad, BOS, EOS, unknown
 COVERAGE = 0.999  # of the characters get pieces of their own, as in the field's tokenizer
 CHECKED_TOKENS = 200_000
-
-
-def open_tokenizer(path: Path) -> spm.SentencePieceProcessor:
-    """The SentencePiece model at `path`, with as many pieces as it has. Raises UserError."""
-    try:
-        pieces = spm.SentencePieceProcessor(model_proto=path.read_bytes()).vocab_size()
-    except (RuntimeError, OSError):
-        pieces = 0  # load_tokenizer says what is wrong
-    return load_tokenizer(path, pieces)
 
 
 def check_tokenizer(tokenizer: spm.SentencePieceProcessor, path: Path, allow_unknown: bool) -> None:

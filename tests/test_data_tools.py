@@ -282,7 +282,7 @@ def test_one_document_never_ends_a_corpus(prepare, tmp_path, tokenizers, monkeyp
         return Tokenizer(model_proto=path.read_bytes())
 
     monkeypatch.setattr(pipeline.Normalizer, "__call__", normalize)
-    monkeypatch.setattr(pipeline, "open_tokenizer", open_odd_tokenizer)
+    monkeypatch.setattr(pipeline, "load_tokenizer", open_odd_tokenizer)
     assert prepare(path, "--tokenizer", tokenizers / "field") == 0
     found = all_documents(tmp_path / "out")
     assert len(found) == 42

@@ -262,5 +262,5 @@ def test_refuses_a_changed_export_a_full_disk_and_a_shard_that_is_none(
     name = f"{FOLDER}/fineweb_train_000001.bin"
     server.files[f"datasets/{name}"] = b"not a shard" * 1000
     assert download("--train-shards", "2") == 1
-    assert "not with magic" in capsys.readouterr().err
+    assert "instead of [20240520" in capsys.readouterr().err
     assert name not in local_files(tmp_path)

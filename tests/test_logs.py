@@ -135,7 +135,6 @@ def test_the_parser_is_the_inverse_of_the_writer(tmp_path, capsys):
         numbers = [rng.uniform(-1, 1) * 10 ** rng.randint(-9, 9) for _ in range(3)]
         whole, name = rng.randint(-(10**12), 10**12), rng.choice(["", "event", "ttt_chunk"])
         log = train_gpt.Log(tmp_path / f"{trial}.txt")
-        log.open()
         log.event(name, **texts, x=numbers[0], xs=numbers, n=whole)
         lines = (tmp_path / f"{trial}.txt").read_text(encoding="utf-8").splitlines()
         event = inspect_logs.parse_line(lines[0])
