@@ -13,15 +13,15 @@ text in bits per byte: plain, with sliding windows, and with score-first test-ti
     python train_gpt.py --run-id RUN --resume                    go on from RUN's last checkpoint
 
 Every setting is a flag (--residual-scale-init) and an environment variable (RESIDUAL_SCALE_INIT);
-a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 2 a mistake in
-what was given, 3 diverged, 4 stopped by a signal with a checkpoint, 5 stopped by a signal but
-exported and scored, 128 + N ended at once by signal N.
+a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 1 ended at once
+by a signal, 2 a mistake in what was given, 3 diverged, 4 stopped by a signal with a checkpoint,
+5 stopped by a signal but exported and scored.
 """
 
 # Contents (grep -n '^# [0-9]*\. ' train_gpt.py):
-#   1. Constants      2. Settings       3. Process and log   4. Data       5. Layers   6. Recurrence
-#   7. Model          8. Kernels        9. Optimization     10. Training  11. Compression
-#  12. Evaluation    13. Main
+#   1. Constants     2. Settings         3. Process and log   4. Data       5. Layers
+#   6. Recurrence    7. Model            8. Kernels           9. Optimization
+#  10. Training     11. Compression     12. Evaluation       13. Main
 #
 # Shapes: B batch, T time, D model, H query heads, G kv heads, E head dim, F mlp, V vocabulary,
 # L unique layers, K passes, N bank rows, R ranks. PR n: github.com/openai/parameter-golf/pull/n.
@@ -65,6 +65,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, library, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed: run pip install -r requirements.txt")
 
@@ -78,22 +79,21 @@ except ImportError:  # a torch that is made for CPUs brings none
 # --------------------------------------------------------------------------------------------------
 # 1. Constants
 
-PROGRAM_START = time.perf_counter()
 EXIT_MISTAKE, EXIT_DIVERGED, EXIT_CHECKPOINTED, EXIT_EXPORTED = 2, 3, 4, 5
 # A rank waits this long for one that hangs: longer than rank 0's export takes.
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
-
 # The field's shard format: 256 little-endian int32 header words, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
 
 RMS_EPS = 1e-6
+# cuDNN first: 2.2 ms forward and backward of 48x2048 tokens on an H100, FlashAttention 2 3.6 ms.
+ATTENTION = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's, the largest first
 ADAM_GROUPS = ("table", "projection", "scalar")
 # Quintic Newton-Schulz coefficients of Muon (Jordan et al. 2024). Their slope at 0 is as steep as
 # it can be while singular values stay within about [0.7, 1.2]: speed matters here, exactness not.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Muon's momentum averages a fraction of the run, but never less than this does: in runs of 543
-# steps 0.99 lost 0.04 bpb against 0.95 (records/NOTES.md).
+# Muon's momentum averages a fraction of the run, but never less than this does (records/NOTES.md).
 LEAST_MOMENTUM = 0.85
 
 # GPTQ-lite's clip candidates, as quantiles of a row's |w|; 1.0 does not clip.
@@ -232,35 +232,34 @@ class Hyperparameters:
 
     def rules(self) -> list[tuple[bool, str]]:
         """What settings must keep to together, and what to say if they don't."""
-        T, L, E = self.train_seq_len, self.num_layers, self.model_dim // self.num_heads
-        heads = f"model_dim={self.model_dim}, num_heads={self.num_heads}"
-        heads += f", num_kv_heads={self.num_kv_heads}: each must divide the one before"
-        core = f"core_start={self.core_start}, core_end={self.core_end}: no part of {L} layers"
-        batch = f"train_batch_tokens={self.train_batch_tokens} is no multiple of the window of {T}"
-        batch += f" tokens: use {max(1, self.batch_seqs) * T}"
-        ve_layers, most = self.ve_layer_ids, self.max_passes
-        differ = len(set(ve_layers)) == len(ve_layers) and all(0 <= i < L for i in ve_layers)
-        passes = f"passes_schedule={self.passes_schedule}, num_passes={self.num_passes}: starts"
-        passes += " rise from 0, all steps or all fractions below 1, passes are 1..64"
+        T, L, E, most = self.train_seq_len, self.num_layers, self.head_dim, self.max_passes
+        D, H, G, batch = self.model_dim, self.num_heads, self.num_kv_heads, self.train_batch_tokens
+        start, end, ve = self.core_start, self.core_end, self.ve_layer_ids
+        differ = len(set(ve)) == len(ve) and all(0 <= i < L for i in ve)
         endless = self.iterations is None and self.max_wallclock_seconds is None
+        growth = "starts rise from 0, all steps or all fractions below 1, passes are 1..64"
         return [
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
-            (bool(self.run_id) or not self.resume, "resume: name the run that goes on: --run-id"),
-            (self.train_batch_tokens % T == 0, batch),
-            (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T}"),
+            (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
+            (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T} or such"),
+            (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
             (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
             ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
-            (self.core_start < self.core_end <= L, core),
+            (start < end <= L, f"core_start={start}, core_end={end}: no part of the {L} layers"),
             (self.mlp_dim >= 1, f"mlp_mult={self.mlp_mult} leaves no MLP: raise it"),
-            (self.model_dim % self.num_heads == self.num_heads % self.num_kv_heads == 0, heads),
+            (D % H == H % G == 0, f"model_dim={D}, num_heads={H}, num_kv_heads={G} must divide"),
             (self.rope_dims % 2 == 0 and self.rope_dims <= E, f"rope_dims: even and up to {E}"),
             (self.bigram_vocab_size != 1, "bigram_vocab_size: use 0 (off) or at least 2"),
             (self.eval_stride <= T, f"eval_stride: would skip tokens, use at most {T}"),
             (differ, f"ve_layers={self.ve_layers}: use different layers of 0..{L - 1}, or none"),
             (max(self.beta1, self.beta2) < 1, "beta1, beta2: must be below 1"),
-            (1 <= most <= 64, passes),
+            (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {growth}"),
             ((self.eval_passes or 1) <= (64 if most > 1 else 1), "eval_passes: at most 64, or 1"),
         ]
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
 
     @property
     def batch_seqs(self) -> int:
@@ -272,7 +271,7 @@ class Hyperparameters:
 
     @property
     def kv_dim(self) -> int:
-        return self.model_dim // self.num_heads * self.num_kv_heads
+        return self.head_dim * self.num_kv_heads
 
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
@@ -302,30 +301,25 @@ class Hyperparameters:
 @cache
 def parse_growth(text: str) -> tuple[tuple[int | float, int], ...]:
     """(start, passes), ... of a text such as 0.0:1,0.626:2 or 0:1,4500:2; () if it is wrong."""
-    growth = []
     with suppress(ValueError):
-        for item in text.split(","):
-            start, passes = item.split(":")
-            growth.append((float(start) if "." in start else int(start), int(passes)))
+        pairs = [item.split(":") for item in text.split(",")]
+        growth = tuple((float(s) if "." in s else int(s), int(passes)) for s, passes in pairs)
         starts = [start for start, _ in growth]
         rise = starts[0] == 0 and all(a < b for a, b in pairwise(starts))
         alike = len({type(start) for start in starts[1:]}) <= 1
-        below = isinstance(starts[-1], int) or starts[-1] < 1
-        if rise and alike and below and all(passes >= 1 for _, passes in growth):
-            return tuple(growth)
+        if rise and alike and (isinstance(starts[-1], int) or starts[-1] < 1):
+            return growth if min(passes for _, passes in growth) >= 1 else ()
     return ()
 
 
 def parse_value(kind: Any, text: str) -> Any:
     """The text of a flag or variable as the annotated type. Raises ValueError or KeyError."""
     options, word = get_args(kind), text.strip().lower()
+    if kind is bool:
+        return {"0": False, "false": False, "1": True, "true": True}[word]
     if type(None) in options:
         return None if word in ("", "none") else options[0](text)
-    if options:
-        return options[options.index(text)]
-    return (
-        {"0": False, "false": False, "1": True, "true": True}[word] if kind is bool else kind(text)
-    )
+    return options[options.index(text)] if options else kind(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -335,26 +329,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train_gpt.py", usage, title, rest, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--env", metavar="FILE", help="a file of lines NAME=VALUE")
-    add = parser.add_argument
+    group = parser
     for f in fields(Hyperparameters):
         if f.metadata["group"]:
-            add = parser.add_argument_group(f.metadata["group"]).add_argument
-        style = {"metavar": f.type}
+            group = parser.add_argument_group(f.metadata["group"])
+        style = {"metavar": f.type, "default": argparse.SUPPRESS}
         if f.type == "bool":
-            style = {"action": argparse.BooleanOptionalAction}
+            style = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
         text = f"{f.metadata['text']} [{f.name.upper()}={f.default}]"
-        add("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **style)
+        group.add_argument("--" + f.name.replace("_", "-"), help=text, **style)
     return parser
 
 
 def read_env_file(path: str) -> dict[str, str]:
     """The settings of a file of lines NAME=VALUE; `#` opens a comment line. Raises UserError."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"env={path} cannot be read ({error}): name a text file") from None
-    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
-    settings = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    pairs = [line.split("=", 1) for line in lines if "=" in line and line[0] != "#"]
+    settings = {name.strip().lower(): value.strip() for name, value in pairs}
     unknown = settings.keys() - {f.name for f in fields(Hyperparameters)}
     require(not unknown, f"env={path} has no settings {', '.join(unknown)}: see --help")
     return settings
@@ -365,17 +359,16 @@ def read_configuration(
 ) -> tuple[Hyperparameters, dict[str, str]]:
     """Settings from defaults, --env's file, `env`, then `argv`; and the source of each.
 
-    Raises UserError with every mistake at once.
-    """
+    Raises UserError with every mistake at once."""
     known, unknown = build_parser().parse_known_args(argv)
-    kinds, errors, values = get_type_hints(Hyperparameters), [], {}
+    kinds, errors, values, sources = get_type_hints(Hyperparameters), [], {}, {}
     for word in unknown:
-        near = difflib.get_close_matches(word.strip("-").replace("-", "_"), kinds, 1)
-        hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help"
+        near = difflib.get_close_matches(word, ["--" + n.replace("_", "-") for n in kinds], 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
         errors.append(f"unknown argument {word}: {hint}")
     variables = {name: env[name.upper()] for name in kinds if name.upper() in env}
-    file = read_env_file(known.env) if known.env else {}
-    given, sources = {"flag": vars(known), "env": variables, "file": file}, {}
+    given = {"flag": vars(known), "env": variables}
+    given["file"] = read_env_file(known.env) if known.env else {}
     for name, kind in kinds.items():
         sources[name] = next((s for s in given if name in given[s]), "default")
         raw = given.get(sources[name], {}).get(name)
@@ -418,8 +411,7 @@ class Runtime:
         device, backend, dtype = torch.device("cpu"), "gloo", torch.float32
         if torch.cuda.is_available():
             local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            text = f"nproc_per_node: process {local} has no GPU of its own, {gpus} are visible"
-            require(local < gpus, f"{text}: start at most {gpus} processes a node")
+            require(local < gpus, f"nproc_per_node: only {gpus} GPUs are visible, start as many")
             device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(device)
             if torch.cuda.get_device_capability() >= (8, 0):  # older ones emulate bfloat16
@@ -478,7 +470,7 @@ class Log:
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         """path: None for a process that writes nothing. Raises UserError."""
-        self.path, self.outputs, self.since = path, [], PROGRAM_START
+        self.path, self.outputs, self.since = path, [], time.perf_counter()
         self.has_results = resume  # else the file of a run that fails is removed
         if path is None:
             return
@@ -495,7 +487,7 @@ class Log:
         self.outputs = [sys.stdout, file]
 
     def event(self, name: str = "", /, **pairs: Any) -> None:
-        """One line; `name` is empty for the lines of single steps, as is the field's custom."""
+        """One line; `name` is empty for the lines of single steps, as in the field."""
         line = " ".join(filter(None, [name, *(f"{k}:{log_text(v)}" for k, v in pairs.items())]))
         for output in self.outputs:
             with suppress(OSError):  # a full disk must not end a run that is worth its GPUs
@@ -505,8 +497,7 @@ class Log:
     def progress(self, text: str) -> None:
         """Shows how far the work is in the last line of a terminal; nothing elsewhere."""
         if self.outputs and sys.stdout.isatty():
-            with suppress(OSError):
-                print(f"\r{text}\033[K", end="", flush=True)
+            print(f"\r{text}\033[K", end="", flush=True)
 
     def phase(self, name: str) -> None:
         """Logs the seconds since the last phase ended."""
@@ -566,10 +557,9 @@ def open_data_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map of uint16. Raises UserError."""
     size, start = path.stat().st_size, 4 * SHARD_HEADER_WORDS
     head = np.fromfile(path, dtype="<i4", count=3).tolist()
-    whole = size > start and head == [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
-    text = f"data shard {path} of {size} bytes begins with {head} instead of"
-    right = f"{[SHARD_MAGIC, SHARD_VERSION]} and the count of its tokens"
-    require(whole, f"{text} {right}: download or prepare it again")
+    right = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
+    text = f"data shard {path} of {size} bytes begins with {head} instead of {right}"
+    require(size > start and head == right, f"{text}: download or prepare it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(head[2],))
 
 
@@ -603,18 +593,16 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
 
 
 def check_tokenizer(hp: Hyperparameters, pieces: int, largest: int) -> None:
-    """Raises UserError if the shards' largest token or their manifest speak of another tokenizer.
-
-    data/prepare_text.py writes the manifest; the field's own names no hash.
-    """
-    path, manifest, named = find_tokenizer(hp), Path(hp.data_path) / "manifest.json", None
-    remedy = "use the tokenizer that the shards were made with"
+    """Raises UserError if the shards' largest token or the manifest beside them, which
+    data/prepare_text.py writes, speak of another tokenizer."""
+    path, named = find_tokenizer(hp), None
     text = f"tokenizer_path={path} has {pieces} pieces, the shards' largest token is {largest}"
-    require(pieces / 2 <= largest < pieces, f"{text}: {remedy}")
+    require(pieces / 2 <= largest < pieces, f"{text}: use the tokenizer of the shards")
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        named = json.loads(manifest.read_bytes())["tokenizer"]["sha256"]
+        manifest = json.loads((Path(hp.data_path) / "manifest.json").read_bytes())
+        named = manifest["tokenizer"]["sha256"]
     same = named in (None, hashlib.sha256(path.read_bytes()).hexdigest())
-    require(same, f"tokenizer_path={path} is not the one that {manifest} names: {remedy}")
+    require(same, f"tokenizer_path={path} is not the one that manifest.json names: use that one")
 
 
 class TokenBytes:
@@ -622,8 +610,7 @@ class TokenBytes:
 
     A byte-fallback piece is 1 byte; another piece its UTF-8 length without a leading `▁`, plus 1
     for that `▁` unless the token before it is a boundary (control, unknown or unused); a
-    boundary token is 0 bytes.
-    """
+    boundary token is 0 bytes."""
 
     def __init__(self, tokenizer: spm.SentencePieceProcessor, device: torch.device) -> None:
         rows = []
@@ -646,8 +633,7 @@ class BatchLoader:
     The order of an epoch is a permutation of the windows of all shards; each epoch cuts the
     shards at another phase, so that a repeated text is at least cut elsewhere. Step s takes the
     next `batch_seqs` windows of the order and a rank its share of them, so every world size
-    trains on the same global batches, and no window repeats before all were used.
-    """
+    trains on the same global batches, and no window repeats before all were used."""
 
     def __init__(self, shards: Sequence[np.ndarray], hp: Hyperparameters, runtime: Runtime) -> None:
         self.shards, self.hp, self.runtime = shards, hp, runtime
@@ -661,19 +647,16 @@ class BatchLoader:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.pending: dict[int, Future[Tensor]] = {}
 
-    def start_epoch(self, epoch: int) -> None:
-        rng = np.random.default_rng([self.hp.seed, epoch])
-        self.epoch, self.phase, self.order = epoch, 0, np.arange(self.epoch_windows)
-        if self.hp.shuffle:
-            self.phase = int(rng.integers(self.hp.train_seq_len))
-            rng.shuffle(self.order)
-
     def window(self, index: int) -> np.ndarray:
         """The T+1 tokens of the window at `index` of the endless global order."""
-        epoch, place = divmod(index, self.epoch_windows)
+        T, (epoch, place) = self.hp.train_seq_len, divmod(index, self.epoch_windows)
         if epoch != self.epoch:
-            self.start_epoch(epoch)
-        number, T = int(self.order[place]), self.hp.train_seq_len
+            rng = np.random.default_rng([self.hp.seed, epoch])
+            self.epoch, self.phase, self.order = epoch, 0, np.arange(self.epoch_windows)
+            if self.hp.shuffle:
+                self.phase = int(rng.integers(T))
+                rng.shuffle(self.order)
+        number = int(self.order[place])
         shard = bisect.bisect_right(self.first_window, number) - 1
         start = self.phase + (number - int(self.first_window[shard])) * T
         return self.shards[shard][start : start + T + 1]
@@ -705,8 +688,7 @@ class Data(NamedTuple):
 def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, Data]:
     """Opens and checks all data before anything expensive; the settings get the vocabulary's size.
 
-    Raises UserError.
-    """
+    Raises UserError."""
     tokenizer, largest, facts, loader = load_tokenizer(find_tokenizer(hp)), 0, [], None
     pieces, T = tokenizer.vocab_size(), hp.train_seq_len
     hp = replace(hp, vocab_size=hp.vocab_size or pieces)
@@ -715,8 +697,8 @@ def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, D
     for split in ("val",) if hp.evaluate else ("train", "val"):
         paths = find_data_shards(Path(hp.data_path), split)
         shards = [open_data_shard(path) for path in paths]
-        mine = shards[runtime.rank :: runtime.world_size]
-        largest = max([largest, *(int(shard.max()) for shard in mine)])
+        mine = shards[runtime.rank % len(shards) :: runtime.world_size]  # ranks share the reading
+        largest = max(largest, *(int(shard.max()) for shard in mine))
         counts = {"shards": len(shards), "tokens": sum(map(len, shards))}
         facts.append({"split": split, **counts, "fingerprint": data_fingerprint(paths)})
         if split == "train":
@@ -738,8 +720,7 @@ Scaled = tuple[Tensor, Tensor]  # what is added to a stream, and the weight that
 def region(function: Callable) -> Callable:
     """Compiles `function` as one graph, unless the process is set to run eagerly.
 
-    The compilation is made at the first call and shared by all models of the process.
-    """
+    The compilation is made at the first call and shared by all models of the process."""
     compiled = cache(partial(torch.compile, function, dynamic=False, fullgraph=True))
     return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
@@ -754,8 +735,7 @@ class Layer(NamedTuple):
     """The weights of one unique layer in the compute dtype, all scales folded into the matrices.
 
     What multiplies a matrix costs nothing; what multiplies its (B, T, D) output costs three
-    passes over it: folding took 2% off a step on an H100.
-    """
+    passes over it: folding took 2% off a step on an H100."""
 
     qkv: Tensor  # (D + 2 G*E, D), times 1/sqrt(i+1)
     out: Tensor  # (D, D), times attn_scale
@@ -773,8 +753,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
     """cos and signed sin (T, E) of partial RoPE (Su et al. 2021; PR 315), NTK-scaled beyond 1,024.
 
-    sin is negated in the first half of the dims that turn; the others have cos 1 and sin 0.
-    """
+    sin is negated in the first half of the dims that turn; the others have cos 1 and sin 0."""
     length, dims = hp.train_seq_len, hp.rope_dims
     stretch = max(1.0, length / 1024) ** (dims / max(1, dims - 2))
     frequency = (hp.rope_base * stretch) ** -(torch.arange(0, dims, 2).float() / max(1, dims))
@@ -787,8 +766,7 @@ def rotary_table(hp: Hyperparameters) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     """Turns the first 2*half dims of each head of x (B, T, H, E), i with i+half, by its position.
 
-    By exchanged halves times a signed sine, so that norm, turn and gain compile to one kernel.
-    """
+    By exchanged halves times a signed sine, so that norm, turn and gain compile to one kernel."""
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
     return x * cos + torch.cat([b, a, rest], dim=-1) * sin
@@ -799,8 +777,7 @@ class Heads(torch.autograd.Function):
 
     Norms of q and k: Henry et al. 2020 (QK-norm). The backward is written out, for with
     u = rot' dq the gradients of norm and gain need one and the same sum, u'n; autograd's own moves
-    more memory.
-    """
+    more memory."""
 
     @staticmethod
     def forward(
@@ -849,8 +826,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 def attention(x: Tensor, layer: Layer, value: Scaled | None, rope: Rope) -> Tensor:
     """Causal grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D).
 
-    value: value embeddings (B, T, G*E) and their scale.
-    """
+    value: value embeddings (B, T, G*E) and their scale."""
     x = F.linear(x, layer.qkv).unflatten(-1, (-1, layer.out.size(0) // layer.q_gain.numel()))
     q, k, v = Heads.apply(x, layer.q_gain, *rope)
     if value is not None:
@@ -983,8 +959,7 @@ class Recurrence(nn.Module):
     Pass 0 is the plain core, a_0 = 1 and c_0 = 0, so that a model grows without a jump in it.
     The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 is taken of each sequence and averaged
     (not of the whole batch), so that it does not depend on how the batch is cut among ranks.
-    Source: PR 1230.
-    """
+    Source: PR 1230."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
@@ -992,26 +967,18 @@ class Recurrence(nn.Module):
         self.later = hp.max_passes - 1  # passes after the first
         create_parameters(self, recurrence_table(hp))
 
-    def feedback(self, h: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
-        """The correction c_k, if there is one, and z_k = h_k + c_k."""
-        if self.hp.feedback_mode == "none":
-            return None, h
-        d = None
-        if self.hp.feedback_mode == "diagonal":
-            d = self.d[min(k, len(self.d)) - 1]
-        return error_feedback(h, self.U, self.V, d)
-
     def forward(
         self, h: Tensor, core: Callable[[Tensor], Tensor], num_passes: int
     ) -> tuple[Tensor, Stability]:
         """h_0 (B, T, D) -> h_K. A pass beyond those of training uses the last scale and d."""
-        measures = []
+        mode, measures = self.hp.feedback_mode, []
         for k in range(num_passes):
             if k == 0:
                 c, h_next = None, core(h)
             else:
                 h = rms_norm(h) if self.hp.interpass_rmsnorm else h
-                c, z = self.feedback(h, k)
+                d = self.d[min(k, len(self.d)) - 1] if mode == "diagonal" else None
+                c, z = error_feedback(h, self.U, self.V, d) if mode != "none" else (None, h)
                 h_next = advance(h, z, core(z), self.residual_scale[min(k, self.later) - 1])
             measures.append(measure(h, h_next, c))
             h = h_next
@@ -1023,6 +990,18 @@ class Recurrence(nn.Module):
 # 7. Model: a table of parameters, stem -> core x passes -> tail, tied head
 
 
+zero, one, normal = nn.init.zeros_, nn.init.ones_, partial(partial, nn.init.normal_)
+
+
+def orthogonal(bank: Tensor) -> None:
+    for matrix in bank:
+        nn.init.orthogonal_(matrix)
+
+
+def set_to(value: float) -> Callable[[Tensor], Any]:
+    return partial(nn.init.constant_, val=value)
+
+
 class Parameter(NamedTuple):
     """One row of the table of parameters."""
 
@@ -1031,64 +1010,50 @@ class Parameter(NamedTuple):
     start: Callable[[Tensor], Any]  # sets the values at the start, in place
 
 
-def constant(value: float) -> Callable[[Tensor], Any]:
-    return lambda w: w.fill_(value)
-
-
-def normal(std: float) -> Callable[[Tensor], Any]:
-    return lambda w: w.normal_(std=std)
-
-
-def orthogonal(bank: Tensor) -> None:
-    for matrix in bank:
-        nn.init.orthogonal_(matrix)
-
-
 def recurrence_table(hp: Hyperparameters) -> dict[str, Parameter]:
-    """The recurrence's parameters; passes after the first are later - 1 in number."""
     D, later, rank = hp.model_dim, hp.max_passes - 1, hp.feedback_rank
-    table = {"residual_scale": Parameter((later,), "scalar", constant(hp.residual_scale_init))}
-    if later and hp.feedback_mode != "none":
+    table = {
+        "residual_scale": Parameter((later,), "scalar", set_to(hp.residual_scale_init)),
         # Exactly one factor starts at zero: the correction is 0, U's gradient is not. (With all of
         # them at zero every gradient is zero for ever: the branch would never learn.)
-        table["U"] = Parameter((D, rank), "scalar", constant(0))
-        table["V"] = Parameter((D, rank), "scalar", lambda w: w.normal_().div_(math.sqrt(D)))
-    if later and hp.feedback_mode == "diagonal":
-        rows = later if hp.per_pass_feedback else 1
-        table["d"] = Parameter((rows, D), "scalar", constant(1))
-    return table
+        "U": Parameter((D, rank), "scalar", zero),
+        "V": Parameter((D, rank), "scalar", lambda w: w.normal_().div_(math.sqrt(D))),
+        "d": Parameter((later if hp.per_pass_feedback else 1, D), "scalar", one),
+    }
+    mode = hp.feedback_mode if later else "none"
+    absent = {"none": ("U", "V", "d"), "identity": ("d",), "diagonal": ()}[mode]
+    return {name: row for name, row in table.items() if name not in absent}
 
 
 def model_table(hp: Hyperparameters) -> dict[str, Parameter]:
-    """The other parameters: orthogonal inputs and zero outputs, every block starts as identity."""
+    """Orthogonal inputs and zero outputs: every block starts as the identity."""
     L, D, F, V, width = hp.num_layers, hp.model_dim, hp.mlp_dim, hp.vocab_size, hp.kv_dim
-    one, zero, skips = constant(1), constant(0), min(hp.core_start, L - hp.core_end)
+    skips, pairs, rank = min(hp.core_start, L - hp.core_end), hp.bigram_vocab_size, hp.bigram_dim
     table = {
         # Queries, then outputs; keys, then values.
         "qo_bank": Parameter((2 * L, D, D), "muon", lambda w: orthogonal(w.zero_()[:L])),
         "kv_bank": Parameter((2 * L, width, D), "muon", orthogonal),
         "mlp_up_bank": Parameter((L, F, D), "muon", orthogonal),
         "mlp_down_bank": Parameter((L, D, F), "muon", zero),
-        "tok_emb": Parameter((V, D), "table", normal(hp.tied_embed_init_std)),
+        "tok_emb": Parameter((V, D), "table", normal(std=hp.tied_embed_init_std)),
         "smear_gate": Parameter((D,), "scalar", zero),
         "resid_mix": Parameter((L, 2, D), "scalar", lambda w: w.zero_()[:, 0].fill_(1)),
         "attn_scale": Parameter((L, D), "scalar", one),
         "mlp_scale": Parameter((L, D), "scalar", one),
-        "q_gain": Parameter((L, hp.num_heads), "scalar", constant(hp.qk_gain_init)),
+        "q_gain": Parameter((L, hp.num_heads), "scalar", set_to(hp.qk_gain_init)),
         "skip_weight": Parameter((skips, D), "scalar", one),
+        # One factor of the bigrams at zero, not both: rows of unseen pairs stay silent.
+        "bigram_table": Parameter((pairs, rank), "table", zero),
+        "bigram_proj": Parameter((D, rank), "projection", normal(std=rank**-0.5)),
+        "bigram_scale": Parameter((), "scalar", set_to(0.05)),
+        "ve_table": Parameter((V, hp.ve_dim), "table", normal(std=0.01)),
+        "ve_proj": Parameter((width, hp.ve_dim), "projection", zero),
+        "ve_scale": Parameter((), "scalar", set_to(0.1)),
+        "ve_layer_scale": Parameter((len(hp.ve_layer_ids),), "scalar", one),
     }
-    if rows := hp.bigram_vocab_size:
-        # One factor at zero, not both: rows of pairs that were never seen stay silent.
-        rank = hp.bigram_dim
-        table["bigram_table"] = Parameter((rows, rank), "table", zero)
-        table["bigram_proj"] = Parameter((D, rank), "projection", normal(rank**-0.5))
-        table["bigram_scale"] = Parameter((), "scalar", constant(0.05))
-    if hp.ve_layer_ids:
-        table["ve_table"] = Parameter((V, hp.ve_dim), "table", normal(0.01))
-        table["ve_proj"] = Parameter((width, hp.ve_dim), "projection", zero)
-        table["ve_scale"] = Parameter((), "scalar", constant(0.1))
-        table["ve_layer_scale"] = Parameter((len(hp.ve_layer_ids),), "scalar", one)
-    return table
+    absent = () if pairs else ("bigram_",)
+    absent += () if hp.ve_layer_ids else ("ve_",)
+    return {name: row for name, row in table.items() if not name.startswith(absent)}
 
 
 def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
@@ -1100,9 +1065,8 @@ def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
 @torch.no_grad()
 def create_parameters(module: nn.Module, table: Mapping[str, Parameter]) -> None:
     for name, row in table.items():
-        parameter = nn.Parameter(torch.empty(row.shape))
-        row.start(parameter)
-        module.register_parameter(name, parameter)
+        module.register_parameter(name, nn.Parameter(torch.empty(row.shape)))
+        row.start(module.get_parameter(name))
 
 
 class GPT(nn.Module):
@@ -1151,27 +1115,18 @@ class GPT(nn.Module):
                 values[i] = (value, scale)
         return values
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int32 -> x0 (B, T, D)."""
-        bigram = ()
-        if self.hp.bigram_vocab_size:
-            bigram = (self.bigram_table, self.bigram_proj, self.bigram_scale)
-        return embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
-
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        num_passes: int,
-        qat_floor: Tensor | None = None,
-        score_last: int | None = None,
-    ) -> tuple[Tensor, Stability]:
+        self, ids: Tensor, targets: Tensor, num_passes: int,
+        qat_floor: Tensor | None = None, score_last: int | None = None,
+    ) -> tuple[Tensor, Stability]:  # fmt: skip
         """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
 
-        score_last: score only so many last positions -> (B, score_last).
-        """
+        score_last: score only so many last positions -> (B, score_last)."""
         hp, rope = self.hp, (self.cos, self.sin, self.hp.rope_dims // 2)
-        layers, values, x0 = self.layers(qat_floor), self.value_embeddings(ids), self.embed(ids)
+        layers, values = self.layers(qat_floor), self.value_embeddings(ids)
+        names = ("bigram_table", "bigram_proj", "bigram_scale") if hp.bigram_vocab_size else ()
+        bigram = tuple(getattr(self, name) for name in names)
+        x0 = embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
 
         def run(x: Tensor, part: slice, skips: Sequence = (), keep: int = 1) -> list[Tensor]:
             return run_layers(x, layers[part], values[part], [*skips], x0, rope, keep)
@@ -1192,7 +1147,6 @@ class GPT(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # 8. Kernels: the fused MLP of Hopper GPUs (not needed to understand the method)
-
 if triton is not None:
 
     @triton.jit
@@ -1228,8 +1182,7 @@ if triton is not None:
     def fused_product(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
         """leaky(u)^2 of u = a b', u's sign in its last bit; given that as s, a b' times the slope.
 
-        a (M, K), b (N, K), s and the result (M, N): bfloat16; K in multiples of 64, N of 128.
-        """
+        a (M, K), b (N, K), s and the result (M, N): bfloat16; K in multiples of 64, N of 128."""
         out = a.new_empty(a.size(0), b.size(0))
         blocks = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count
         tensors = [t.contiguous() for t in (a, b, out if s is None else s, out)]
@@ -1246,8 +1199,7 @@ class FusedMLP(torch.autograd.Function):
 
     u = x up' is never written: backward needs |u|, the root of its square s, and u's sign, which is
     s's last bit: s is rounded to an even bfloat16, or an odd one if u < 0. That errs by 2^-7 at
-    most, as rounding u before the square would.
-    """
+    most, as rounding u before the square would."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -1278,8 +1230,7 @@ class FlatParameters:
 
     Muon's banks come first, each padded to `world_size` equal shards of rows, then AdamW's
     groups. So a reduce-scatter reads a bank where autograd wrote it, an all-gather writes it where
-    the model reads it, and clipping, averaging, snapshots and SGD are one kernel each.
-    """
+    the model reads it, and clipping, averaging, snapshots and SGD are one kernel each."""
 
     ALIGNMENT = 64  # elements; kernels want every parameter to start at a multiple of 16 bytes
 
@@ -1347,8 +1298,7 @@ class Optimizer:
     (PR 549). One step:
         reduce-scatter all banks, all-reduce the rest      -> summed gradients, their global norm
         for each bank: momentum, Newton-Schulz, update     -> all-gather while the next one works
-        AdamW                                              -> while the last all-gathers fly
-    """
+        AdamW                                              -> while the last all-gathers fly"""
 
     def __init__(self, flat: FlatParameters, hp: Hyperparameters, runtime: Runtime) -> None:
         self.flat, self.hp, self.runtime = flat, hp, runtime
@@ -1369,8 +1319,7 @@ class Optimizer:
         """Sums the gradients over the ranks; returns their global norm, a scalar tensor.
 
         Each rank's loss is divided by the tokens of the whole batch, so that the sum over ranks
-        is the gradient of the global mean.
-        """
+        is the gradient of the global mean."""
         flat, runtime = self.flat, self.runtime
         if runtime.world_size > 1:
             works = []
@@ -1404,8 +1353,7 @@ class Optimizer:
     def update_rows(self, bank: str, grad: Tensor, lr_scale: float, momentum: float) -> None:
         """Muon with Nesterov momentum and decoupled weight decay on this rank's rows of a bank.
 
-        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first.
-        """
+        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first."""
         hp, lr = self.hp, self.hp.matrix_lr * lr_scale
         rows = self.flat.shard(self.flat.data, bank, self.runtime)  # (n, rows, cols)
         buffer = self.flat.shard(self.momentum, bank, self.runtime).mul_(momentum).add_(grad)
@@ -1472,69 +1420,42 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-class Standing(NamedTuple):
-    """What all ranks know of rank 0's clock, and of any rank's signals, as a step begins."""
-
-    progress: float
-    over: float
-    checkpoint_due: float
-    signals: float
-
-
 class Clock:
-    """The run's progress and stops, decided once and followed by all ranks at the same step.
+    """The run's progress and stops: what rank 0's clock and any rank's signals decide, all follow.
 
-    What rank 0 knows when a step begins is shared while that step runs and used for the next, so
-    that no host waits for another. The time at which the next step will begin and end is
-    extrapolated: training stops before a step that would end after the cap, were it as slow as the
-    slowest of the last ones. Any rank's signal stops all.
-    """
+    A GPU's queue holds one step more than it works on, so a step begins one step later than the
+    host says. Training stops before a step that would end after the cap, were it as slow as the
+    slowest of the last ones."""
 
     def __init__(self, trainer: Trainer) -> None:
-        hp, self.trainer = trainer.hp, trainer
-        self.ahead = (
-            2 if trainer.runtime.device.type == "cuda" else 1
-        )  # steps until the next starts
-        self.cap = hp.max_wallclock_seconds or math.inf
-        self.recent, self.work = deque([0.0], maxlen=16), None  # seconds of the last steps
-        progress, over = trainer.average.last_progress, float(trainer.elapsed >= self.cap)
-        self.shared = torch.tensor(Standing(progress, over, 0, 0), dtype=torch.float64)
-        trainer.runtime.barrier()
+        self.hp, self.runtime, self.interrupts = trainer.hp, trainer.runtime, trainer.interrupts
+        self.queued = int(trainer.runtime.device.type == "cuda")  # steps
+        self.cap = self.hp.max_wallclock_seconds or math.inf
+        self.last_progress = trainer.average.last_progress
+        self.recent = deque([0.0], maxlen=16)  # seconds of the last steps
+        self.runtime.barrier()
         self.last = self.last_checkpoint = time.perf_counter()
         self.started = self.last - trainer.elapsed
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
 
-    def exclude(self, seconds: float) -> None:
-        """Takes a pause out of the run's time."""
-        self.started, self.last = self.started + seconds, self.last + seconds
-
-    def receive(self, step: int) -> Standing:
-        """Where the run stands as `step` begins; from a progress of 1 on there is no step."""
-        if self.work is not None:
-            self.work.wait()
-        now, total = Standing(*self.shared.tolist()), self.trainer.hp.iterations
-        by_steps = 0.0 if total is None else step / total if total else 1.0
-        ends = now.over or now.signals
-        return now._replace(progress=1.0 if ends else max(now.progress, by_steps))
-
-    def send(self) -> None:
-        """Starts to tell all ranks where rank 0's clock will stand when the next step begins."""
-        now, runtime = time.perf_counter(), self.trainer.runtime
+    def read(self, step: int) -> tuple[float, bool]:
+        """The run's progress as `step` begins, 1 if there is none; whether a checkpoint is due."""
+        now, total = time.perf_counter(), self.hp.iterations
         step_seconds, self.last = now - self.last, now
-        begin = self.elapsed() + self.ahead * step_seconds
         self.recent.append(step_seconds)
-        every = self.trainer.hp.checkpoint_seconds or math.inf
+        begin = self.elapsed() + self.queued * step_seconds
+        over = begin >= self.cap or begin + max(self.recent) > self.cap
+        every = self.hp.checkpoint_seconds or math.inf
         due = now - self.last_checkpoint >= every and self.cap - begin >= every  # none at the end
+        facts = [float(fact) * self.runtime.is_main for fact in (begin / self.cap, over, due)]
+        facts.append(self.interrupts.noted)
+        by_time, over, due, signals = self.runtime.sum_(torch.tensor(facts).double()).tolist()
         self.last_checkpoint = now if due else self.last_checkpoint
-        progress = max(float(self.shared[0]), min(begin / self.cap, 1.0))  # it never goes back
-        over = begin + max(self.recent) > self.cap
-        facts = [float(fact) * runtime.is_main for fact in (progress, over, due)]
-        facts.append(self.trainer.interrupts.noted)
-        self.shared = torch.tensor(facts, dtype=torch.float64)
-        if runtime.world_size > 1:
-            self.work = dist.all_reduce(self.shared, async_op=True)
+        by_steps = 0.0 if total is None else step / total if total else 1.0
+        self.last_progress = max(self.last_progress, min(by_time, 1.0), by_steps)  # never back
+        return 1.0 if over or signals else self.last_progress, due > 0
 
     def fields(self, step: int) -> dict[str, str]:
         """The run's time for the log."""
@@ -1567,8 +1488,7 @@ class Trainer:
 
     def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
         """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
-        nats, text bytes, proxy, then growth, update and feedback of each pass, times B.
-        """
+        nats, text bytes, proxy, then growth, update and feedback of each pass, times B."""
         hp = self.hp
         sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
         for part in micro_batches(batch, hp):
@@ -1586,8 +1506,7 @@ class Trainer:
         """Runs every graph of the run on random tokens of its own, then restores the weights.
 
         So nothing is compiled, tuned or allocated once the clock runs; the throwaway optimizer
-        opens the ranks' communication, the evaluation runs on a copy.
-        """
+        opens the ranks' communication, the evaluation runs on a copy."""
         hp, flat, runtime, kept = self.hp, self.flat, self.runtime, self.flat.data.clone()
         generator = torch.Generator().manual_seed(hp.seed)
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
@@ -1612,33 +1531,47 @@ class Trainer:
         """Trains to the run's end, or to `until` of its progress; whether a signal ended it."""
         hp, log, clock, graphs = self.hp, self.log, Clock(self), graphs_compiled()
         log.has_results = True
-        while (now := clock.receive(self.step)).progress < until:
-            clock.send()
-            if now.checkpoint_due:
+        while True:
+            progress, checkpoint_due = clock.read(self.step)
+            if progress >= until:
+                break
+            if checkpoint_due:
                 self.elapsed = clock.elapsed()
                 save_checkpoint(self, checkpoints)
                 clock.last = time.perf_counter()  # the next step will not be as long
-            sums, norm = self.take_step(now.progress)
+            sums, norm = self.take_step(progress)
             if self.step % hp.train_log_every == 0 or self.step in (1, 10):
                 self.log_step(sums, norm, clock)
             if hp.val_loss_every and self.step % hp.val_loss_every == 0:
-                self.validate(evaluator, clock)
-            log.progress(f"{now.progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
+                self.runtime.barrier()
+                since, passes = time.perf_counter(), self.plan.num_passes
+                evaluator.run("validation", self.model, hp.train_seq_len, passes, step=self.step)
+                clock.started += time.perf_counter() - since  # it is not the run's time
+                clock.last = time.perf_counter()
+            log.progress(f"{progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
         self.check_norm(None)
         self.runtime.barrier()
         self.elapsed, interrupted = clock.elapsed(), self.runtime.largest(self.interrupts.noted) > 0
-        on_gpu = self.runtime.device.type == "cuda"
-        facts = {"graphs_compiled_after_start": graphs_compiled() - graphs}
+        on_gpu, late = self.runtime.device.type == "cuda", graphs_compiled() - graphs
+        facts = {"graphs_compiled_after_start": late, "interrupted": int(interrupted)}
         facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
-        facts["interrupted"] = int(interrupted)
         log.event("stop", step=self.step, **clock.fields(self.step), **facts)
         return interrupted
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor]:
         """One optimizer update; returns what `accumulate` does, and the gradient's norm."""
-        before, self.plan = self.plan, plan_step(self.hp, self.step, progress)
-        self.announce(before, progress)
-        plan, floor = self.plan, None
+        before, plan = self.plan, plan_step(self.hp, self.step, progress)
+        self.plan, at = plan, {"step": self.step, "progress": progress}
+        if before is None or plan.num_passes != before.num_passes:
+            self.phase_start = self.step
+            self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
+        if plan.swa and not (before and before.swa) and self.average.swa is not None:
+            self.log.event("swa", **at)
+        if plan.qat and self.floor_index is None:
+            guess = estimate_floor_index(self.flat.named(self.flat.data), model_limit(self.hp))
+            self.floor_index = index = self.runtime.from_main(guess)
+            self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
+        floor = None
         if plan.qat:
             floor = torch.full((), floor_value(self.floor_index), device=self.runtime.device)
         sums = self.accumulate(self.data.loader.batch(self.step), plan.num_passes, floor)
@@ -1653,38 +1586,20 @@ class Trainer:
     def check_norm(self, norm: Tensor | None) -> None:
         """Raises FloatingPointError if the gradient's norm of the step before is not finite.
 
-        It waits for that step and no longer: the host is two steps ahead of a GPU at most, and the
-        GPU never waits for it.
-        """
+        It waits for that step: the host is never further ahead, and the GPU never waits for it."""
         if self.norm_before is not None:
             value, event = self.norm_before
             if event is not None:
                 event.synchronize()
             if not math.isfinite(value):
-                text = (
-                    f"step {self.step - (norm is not None)}: the gradient's norm is {value.item()}"
-                )
+                step = self.step - (norm is not None)
+                text = f"step {step}: the gradient's norm is {value.item()}, the run diverged"
                 raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
         self.norm_before = None
         if norm is not None:
             copied = norm.detach().to("cpu", non_blocking=True)
-            event = torch.cuda.Event() if norm.is_cuda else None
-            if event is not None:
-                event.record()
+            event = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.norm_before = (copied, event)
-
-    def announce(self, before: StepPlan | None, progress: float) -> None:
-        """Logs what this step is the first to do, and fixes QAT's floor when QAT begins."""
-        hp, plan, at = self.hp, self.plan, {"step": self.step, "progress": progress}
-        if before is None or plan.num_passes != before.num_passes:
-            self.phase_start = self.step
-            self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
-        if plan.swa and not (before and before.swa) and "swa" in hp.weight_average:
-            self.log.event("swa", **at)
-        if plan.qat and self.floor_index is None:
-            guess = estimate_floor_index(self.flat.named(self.flat.data), model_limit(hp))
-            self.floor_index = index = self.runtime.from_main(guess)
-            self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
 
     def log_step(self, sums: Tensor, norm: Tensor, clock: Clock) -> None:
         hp, plan, step = self.hp, self.plan, self.step
@@ -1699,22 +1614,14 @@ class Trainer:
         facts["residual_scale"] = self.model.recurrence.residual_scale.tolist()
         self.log.event(**facts, **clock.fields(step))
 
-    def validate(self, evaluator: Evaluator, clock: Clock) -> None:
-        """Scores the validation text as it is now, outside the run's time."""
-        self.runtime.barrier()
-        since, passes = time.perf_counter(), self.plan.num_passes
-        evaluator.run("validation", self.model, self.hp.train_seq_len, passes, step=self.step)
-        clock.exclude(time.perf_counter() - since)
-
     def average_weights(self) -> int:
-        """Puts the averaged weights into the model; returns the passes to score them with: those
-        that are set, or else those that training reached."""
-        hp, average, reached = self.hp, self.average, self.hp.growth[0][1]
-        self.log.event("weight_average", kind=hp.weight_average, swa_samples=average.samples)
+        """Puts the averaged weights into the model; the passes to score them with: those that are
+        set, or else those that training reached."""
+        average, reached = self.average, self.plan or plan_step(self.hp, 0, 0.0)
+        self.log.event("weight_average", kind=self.hp.weight_average, swa_samples=average.samples)
         self.flat.data.copy_(average.result())
-        if self.plan:
-            reached = self.plan.num_passes
-        passes, steps = hp.eval_passes or reached, self.step - self.phase_start
+        passes, reached = self.hp.eval_passes or reached.num_passes, reached.num_passes
+        steps = self.step - self.phase_start
         if passes > reached:
             text = f"scored with {passes} passes, training reached {reached}"
             self.log.event("warning", text=text)
@@ -1728,58 +1635,50 @@ def fixed_settings(trainer: Trainer) -> dict[str, Any]:
     """What a resumed run must share with the one that it continues."""
     hp, names = trainer.hp, ("seed", "train_batch_tokens", "shuffle", "weight_average")
     fixed = hp.architecture() | {name: getattr(hp, name) for name in names}
-    del fixed["eval_passes"]
-    return fixed | {"data": trainer.data.facts[0]["fingerprint"]}
+    return fixed | {"eval_passes": None, "data": trainer.data.facts[0]["fingerprint"]}
 
 
 def run_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """What training carries from step to step in the layout of `flat.data`."""
-    average = {"ema": trainer.average.ema, "swa": trainer.average.swa}
-    state = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum} | average
+    state = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum}
+    state |= {"ema": trainer.average.ema, "swa": trainer.average.swa}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+COUNTS = ("step", "elapsed", "phase_start", "floor_index")  # of a trainer
+SAMPLES = ("samples", "last_progress", "last_sample")  # of its average
 
 
 def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
     """Writes a digest, then torch.save's bytes; on every rank: whether it was written.
 
     Tensors are stored by name, for any number of ranks. Training draws no random numbers and the
-    loader's place is the step, so that nothing else has to be kept.
-    """
-    flat, average, runtime = trainer.flat, trainer.average, trainer.runtime
+    loader's place is the step, so that nothing else has to be kept."""
+    flat, runtime, momentum = trainer.flat, trainer.runtime, trainer.optimizer.momentum
     if runtime.world_size > 1:
-        momentum = trainer.optimizer.momentum
         for work in [flat.gather(momentum, bank, runtime) for bank in BANKS]:
             work.wait()
-    written = False
-    if runtime.is_main:
-        names = ("step", "elapsed", "phase_start", "floor_index")
-        state = {name: getattr(trainer, name) for name in names}
-        state["settings"] = fixed_settings(trainer)
-        state["average"] = (average.samples, average.last_progress, average.last_sample)
-        tensors = run_tensors(trainer).items()
-        state["tensors"] = {kind: flat.named(t.to("cpu", copy=True)) for kind, t in tensors}
-        state["adam"] = trainer.optimizer.adam.state_dict()["state"]
-        written = write_checkpoint(state, folder, trainer.log)
-    return runtime.from_main(written)
-
-
-def write_checkpoint(state: dict[str, Any], folder: Path, log: Log) -> bool:
-    """Writes the checkpoint aside, then keeps it and the one before it."""
-    buffer, path = io.BytesIO(), folder / f"step_{state['step']:08d}.pt"
-    torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    if not runtime.is_main:
+        return runtime.from_main(None)
+    state = {name: getattr(trainer, name) for name in COUNTS}
+    state |= {name: getattr(trainer.average, name) for name in SAMPLES}
+    state |= {"settings": fixed_settings(trainer), "adam": trainer.optimizer.adam.state_dict()}
+    tensors = run_tensors(trainer).items()
+    state["tensors"] = {kind: flat.named(t.to("cpu", copy=True)) for kind, t in tensors}
+    torch.save(state, buffer := io.BytesIO())
+    path, data = folder / f"step_{trainer.step:08d}.pt", buffer.getvalue()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(path, digest + buffer.getvalue())
-        # Later ones go first: a resumed run has found them damaged.
+        write_aside(path, hashlib.sha256(data).digest() + data)
+        # The one before it stays. Later ones go first: a resumed run has found them damaged.
         found = sorted(folder.glob("step_*.pt"), key=lambda other: (other <= path, other))
         for old in found[:-2]:
             old.unlink()
     except OSError as error:  # the run goes on, and older checkpoints stay
-        log.event("checkpoint_failed", path=path, reason=error.strerror)
-        return False
-    log.event("checkpoint", step=state["step"], path=path, bytes=32 + buffer.tell())
-    return True
+        trainer.log.event("checkpoint_failed", path=path, reason=error.strerror)
+        return runtime.from_main(False)
+    trainer.log.event("checkpoint", step=trainer.step, path=path, bytes=32 + len(data))
+    return runtime.from_main(True)
 
 
 def read_checkpoint(folder: Path, runtime: Runtime, log: Log) -> dict[str, Any] | None:
@@ -1797,19 +1696,17 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     state = read_checkpoint(folder, trainer.runtime, trainer.log)
     if state is None:
         return
-    new, old = fixed_settings(trainer), state["settings"]
+    new, old, adam = fixed_settings(trainer), state["settings"], trainer.optimizer.adam
     differ = [f"{k}={new.get(k)} (was {old.get(k)})" for k in new | old if new.get(k) != old.get(k)]
     require(not differ, f"resume: the checkpoint is of another run: {', '.join(differ)}")
-    flat, average, adam = trainer.flat, trainer.average, trainer.optimizer.adam
     for kind, tensor in run_tensors(trainer).items():
-        for name, view in flat.named(tensor).items():
+        for name, view in trainer.flat.named(tensor).items():
             view.copy_(state["tensors"][kind][name])
-    groups = adam.state_dict()["param_groups"]
-    adam.load_state_dict({"state": state["adam"], "param_groups": groups})
-    trainer.step, trainer.elapsed = state["step"], state["elapsed"]
-    trainer.phase_start, trainer.floor_index = state["phase_start"], state["floor_index"]
-    average.samples, average.last_progress, average.last_sample = state["average"]
-    trainer.plan = plan_step(trainer.hp, trainer.step - 1, average.last_progress)
+    adam.load_state_dict(adam.state_dict() | {"state": state["adam"]["state"]})
+    for owner, names in ((trainer, COUNTS), (trainer.average, SAMPLES)):
+        for name in names:
+            setattr(owner, name, state[name])
+    trainer.plan = plan_step(trainer.hp, trainer.step - 1, trainer.average.last_progress)
     spent = f"{1000 * trainer.elapsed:.0f}ms"
     trainer.log.event("resume", step=trainer.step, train_time=spent)
 
@@ -1823,8 +1720,7 @@ def row_scales(w: Tensor, levels: int, floor: Tensor) -> Tensor:
 
     GPTQ-lite (PR 414), for each row: of the clips at CLIP_QUANTILES of the row's |w| the one with
     the least squared error, counted with the step as stored: float16 and no finer than `floor`, a
-    scalar tensor.
-    """
+    scalar tensor."""
     places = [(1 - quantile) * (w.size(-1) - 1) for quantile in CLIP_QUANTILES]  # from the largest
     top = w.abs().topk(min(w.size(-1), 2 + int(max(places)))).values
     best = least = None
@@ -1910,11 +1806,8 @@ def compress(header: Mapping[str, Any], tensors: Mapping[str, Tensor], floor_ind
 
 
 def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
-    """Bytes of the artifact if each bank were coded at its integers' entropy.
-
-    Close to lzma's result and a thousand times faster: it starts the search for the floor, and
-    tells QAT the floor that the export will need.
-    """
+    """Bytes of the artifact if each bank were coded at its integers' entropy: about lzma's result,
+    a thousand times faster."""
     total = float(payload_bytes({n: w.shape for n, w in tensors.items()}))
     for w in (tensors[name] for name in BANKS):
         scale = row_scales(w, INT6_LEVELS, torch.tensor(floor, device=w.device))
@@ -1926,7 +1819,7 @@ def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
 
 
 def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: int) -> int:
-    """The finest floor whose estimated size fits."""
+    """The finest floor whose estimated size fits: where the export's search starts, and QAT's."""
     indices = range(FINEST_FLOOR_INDEX + 1)
     too_large = lambda i: entropy_bytes(tensors, floor_value(i)) > limit_bytes  # noqa: E731
     return max(0, bisect.bisect_left(indices, True, key=too_large) - 1)
@@ -1935,8 +1828,7 @@ def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: int) -> int
 def finest_fitting(size_of: Callable[[int], int], guess: int, limit: int, log: Log) -> int | None:
     """The largest floor index whose real size fits `limit`, or None: bisection, 7 probes a round.
 
-    The probes of a round share the CPU's cores (lzma releases the interpreter's lock).
-    """
+    The probes of a round share the CPU's cores (lzma releases the interpreter's lock)."""
     fits, too_large = -1, FINEST_FLOOR_INDEX + 1
     probes = {guess + offset for offset in (-64, -24, -8, 0, 8, 24, 64)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1953,8 +1845,7 @@ def finest_fitting(size_of: Callable[[int], int], guess: int, limit: int, log: L
 def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
     """Writes the finest artifact that fits beside the code, and says where it lies.
 
-    Raises UserError if none fits.
-    """
+    Raises UserError if none fits."""
     limit, packed = model_limit(hp), cache(partial(compress, hp.architecture(), tensors))
     guess = estimate_floor_index(tensors, limit)
     index = finest_fitting(lambda index: len(packed(index)), guess, limit, log)
@@ -1973,8 +1864,7 @@ def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """The architecture (other settings at their defaults) and the float32 tensors of an artifact.
 
     The file is untrusted and nothing in it is executed: the settings in its header are checked
-    like a user's, and the payload must have exactly the size that they imply. Raises UserError.
-    """
+    like a user's, and the payload must have exactly the size that they imply. Raises UserError."""
     stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 26)
 
     def read(size: int, data: bytes = b"") -> bytes:
@@ -2022,8 +1912,7 @@ def scoring_windows(first: int, last: int, seq_len: int, stride: int) -> np.ndar
     """Windows that score targets first..last-1 once each, in order: rows (start, from, to).
 
     Target t is token t+1. A window feeds the `seq_len` tokens from `start` and scores targets
-    from..to-1; it ends with the last of them, unless the text has only just begun.
-    """
+    from..to-1; it ends with the last of them, unless the text has only just begun."""
     opening = min(last, max(first + stride, seq_len))
     to = np.array([*range(opening, last, stride), last], dtype=np.int64)
     return np.stack([np.maximum(to - seq_len, 0), np.append(first, to[:-1]), to], axis=1)
@@ -2053,8 +1942,7 @@ class Evaluator:
         """The losses in nats (targets,) float32, on every rank; ranks share the windows.
 
         Windows are scored in batches of one shape, with a head on the last `stride` positions only
-        where all that a window scores lies in them. name: shows the progress under it.
-        """
+        where all that a window scores lies in them. name: shows the progress under it."""
         T, size, device = self.hp.train_seq_len, self.hp.eval_batch_seqs, self.runtime.device
         # One more slot takes what is computed but not to be kept.
         losses = torch.zeros(len(targets) + 1, device=device)
@@ -2084,17 +1972,14 @@ class Evaluator:
 
     def bits_per_byte(self, losses: Tensor) -> float:
         """Of the text's first len(losses) targets."""
-        nats = losses.double().sum().item()
-        return nats / math.log(2) / int(self.bytes[: len(losses)].sum())
+        return losses.double().sum().item() / math.log(2) / int(self.bytes[: len(losses)].sum())
 
     def report(self, name: str, losses: Tensor, since: float, **more: Any) -> None:
         """Logs val_loss (nats a token) and val_bpb of the whole text."""
-        nats, text_bytes = losses.double().sum().item(), int(self.bytes.sum())
-        loss, bpb = nats / self.num_targets, nats / math.log(2) / text_bytes
-        result = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}"}
-        counts = {"tokens": self.num_targets, "bytes": text_bytes}
-        seconds = f"{time.perf_counter() - since:.3f}"
-        self.log.event(name, **result, **counts, seconds=seconds, **more)
+        loss, bpb = losses.double().sum().item() / len(losses), self.bits_per_byte(losses)
+        facts = {"val_loss": f"{loss:.8f}", "val_bpb": f"{bpb:.8f}", "tokens": len(losses)}
+        facts |= {"bytes": int(self.bytes.sum()), "seconds": f"{time.perf_counter() - since:.3f}"}
+        self.log.event(name, **facts, **more)
         self.log.has_results = True
 
     def run(self, name: str, model: GPT, stride: int, passes: int, **more: Any) -> Tensor:
@@ -2118,12 +2003,12 @@ class Evaluator:
         """Score-first test-time training (PR 461): each chunk is scored, its losses are final, and
         only then `model` is trained on it (not on the last). Returns the losses (n-1,).
 
-        deadline: on the clock of time.perf_counter; epochs drop to end before it.
-        """
+        deadline: on the clock of time.perf_counter; epochs drop to end before it."""
         hp, flat, since = self.hp, FlatParameters(model), time.perf_counter()
         sgd = torch.optim.SGD([flat.whole(slice(None))], hp.ttt_lr, hp.ttt_momentum)
-        starts, budget = range(0, self.num_targets, hp.ttt_chunk_tokens), Budget(self, deadline)
+        starts = range(0, self.num_targets, hp.ttt_chunk_tokens)
         losses = torch.zeros(self.num_targets, device=self.tokens.device)
+        mark, scoring, training, trained = since, 0.0, 0.0, 0
         for i, first in enumerate(starts):
             chunk = range(first, min(first + hp.ttt_chunk_tokens, self.num_targets))
             losses[first : chunk.stop] = self.score(model, chunk, hp.eval_stride, passes)
@@ -2131,15 +2016,30 @@ class Evaluator:
                 bpb, at = self.bits_per_byte(losses[: chunk.stop]), f"{i + 1}/{len(starts)}"
                 seconds = f"{time.perf_counter() - since:.1f}s"
                 self.log.event("ttt_chunk", chunk=at, val_bpb=bpb, time=seconds)
-            epochs = budget.epochs(len(starts) - i - 1)
+            mark, scoring = self.lap(mark, scoring)
+            # Before the first epoch: scoring a stride costs a window, training on it thrice that.
+            epoch = (
+                training / trained if trained else scoring * 3 * hp.eval_stride / hp.train_seq_len
+            )
+            left = len(starts) - i - 1
+            spare = 0.95 * (deadline - mark - left * scoring / (i + 1))
+            epochs = int(min(max(spare / max(left * epoch, 1e-9), 0), hp.ttt_epochs)) if left else 0
+            epochs = self.runtime.from_main(epochs)
             cosine = 0.5 * (1 + math.cos(math.pi * i / max(1, len(starts) - 1)))
             sgd.param_groups[0]["lr"] = hp.ttt_lr * cosine
             self.train_on(model, flat, sgd, chunk, passes, epochs)
-            budget.trained(epochs)
+            mark, training = self.lap(mark, training)
+            trained += epochs
             self.log.progress(f"legal_ttt {i + 1}/{len(starts)} chunks")
-        epochs = f"{budget.epochs_done}/{hp.ttt_epochs * (len(starts) - 1)}"
+        epochs = f"{trained}/{hp.ttt_epochs * (len(starts) - 1)}"
         self.report("legal_ttt_exact", losses, since, passes=passes, epochs=epochs)
         return losses
+
+    def lap(self, mark: float, spent: float) -> tuple[float, float]:
+        """Now, and `spent` with the seconds since `mark`, the devices' work included."""
+        self.runtime.barrier()
+        now = time.perf_counter()
+        return now, spent + now - mark
 
     def train_on(
         self, model: GPT, flat: FlatParameters, sgd: Any, targets: range, passes: int, epochs: int
@@ -2160,36 +2060,6 @@ class Evaluator:
             flat.grad.zero_()
 
 
-class Budget:
-    """The epochs of test-time training that the time until `deadline` allows on each chunk."""
-
-    def __init__(self, evaluator: Evaluator, deadline: float) -> None:
-        self.hp, self.runtime, self.deadline = evaluator.hp, evaluator.runtime, deadline
-        self.scoring, self.training, self.chunks, self.epochs_done = 0.0, 0.0, 0, 0
-        self.mark = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, the devices' work included."""
-        self.runtime.barrier()
-        before, self.mark = self.mark, time.perf_counter()
-        return self.mark - before
-
-    def epochs(self, left: int) -> int:
-        """Epochs on the chunk that was just scored, if `left` more are to be; rank 0 decides."""
-        self.scoring, self.chunks = self.scoring + self.lap(), self.chunks + 1
-        scoring = self.scoring / self.chunks
-        # Before the first: a stride is scored at the cost of a window, training costs thrice that.
-        epoch = 3 * scoring * self.hp.eval_stride / self.hp.train_seq_len
-        if self.epochs_done:
-            epoch = self.training / self.epochs_done
-        spare = 0.95 * (self.deadline - self.mark - left * scoring)
-        epochs = min(max(spare / max(left * epoch, 1e-9), 0), self.hp.ttt_epochs)
-        return self.runtime.from_main(int(epochs) if left else 0)
-
-    def trained(self, epochs: int) -> None:
-        self.training, self.epochs_done = self.training + self.lap(), self.epochs_done + epochs
-
-
 # --------------------------------------------------------------------------------------------------
 # 13. Main: settings -> data -> model -> train -> average -> export -> load -> evaluate
 
@@ -2205,21 +2075,17 @@ class Files(NamedTuple):
 def run_files(hp: Hyperparameters, runtime: Runtime) -> Files:
     """Names them, and raises UserError rather than let a run overwrite another."""
     run_id = runtime.from_main(hp.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{hp.seed}")
-    folder = Path(hp.output_dir)
-    names = (f"{run_id}.txt", f"{run_id}.int6.xz", f"{run_id}.checkpoints")
-    files = Files(*(folder / name for name in names))
-    if runtime.is_main:
-        remedy = "choose another run_id"
-        if hp.resume:
-            text = f"run_id: {files.artifact} is finished and is never overwritten"
-            remedy = f"score it again with --evaluate, or {remedy}"
-            require(not files.artifact.exists(), f"{text}: {remedy}")
-        else:
-            existing = [path for path in files if path.exists()]
-            if existing == [files.log, files.checkpoints]:
-                remedy += ", or go on from its checkpoint with --resume"
-            text = f"run_id: {', '.join(map(str, existing))} would be overwritten"
-            require(not existing, f"{text}: {remedy}")
+    suffixes = (".txt", ".int6.xz", ".checkpoints")
+    files = Files(*(Path(hp.output_dir) / f"{run_id}{suffix}" for suffix in suffixes))
+    kept = files[1:2] if hp.resume else files
+    existing = runtime.from_main([path for path in kept if path.exists()])
+    remedy = "choose another run_id"
+    if files.artifact in existing:
+        remedy = f"score it again with --evaluate {files.artifact}, or {remedy}"
+    elif files.checkpoints in existing:
+        remedy = f"go on from its checkpoint with --resume, or {remedy}"
+    text = f"run_id: {', '.join(map(str, existing))} would be overwritten"
+    require(not existing, f"{text}: {remedy}")
     return files
 
 
@@ -2233,10 +2099,7 @@ def check_paths(hp: Hyperparameters) -> None:
         (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {data}"),
         (find_tokenizer(hp).is_file(), f"tokenizer_path={find_tokenizer(hp)} is missing: set it"),
         (losses.parent.is_dir() and not losses.is_dir(), f"token_losses={losses} can be no file"),
-        (
-            shutil.disk_usage(folder).free > need,
-            f"output_dir={output}: less than {need} bytes free",
-        ),
+        (shutil.disk_usage(folder).free > need, f"output_dir={output}: {need} bytes are not free"),
     ]
     mistakes = [text for holds, text in rules if not holds]
     require(not mistakes, "\n".join(mistakes))
@@ -2264,27 +2127,16 @@ def write_aside(path: Path, data: bytes) -> None:
 
 def write_or_rescue(path: Path, data: bytes, log: Log) -> Path:
     """Writes a file; into the temporary folder if `path` cannot be written. Where it lies."""
-    try:
+    with suppress(OSError):
         write_aside(path, data)
-    except OSError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
-        log.event("warning", text=f"{path}: {error.strerror}; written to {rescued} instead")
-        path = rescued
-        write_aside(path, data)
-    return path
+        return path
+    rescued = Path(tempfile.mkdtemp(prefix="train_gpt_")) / path.name
+    log.event("warning", text=f"{path} cannot be written, {rescued} is instead")
+    write_aside(rescued, data)
+    return rescued
 
 
-def log_header(
-    hp: Hyperparameters,
-    sources: Mapping[str, str],
-    data: Data,
-    files: Files,
-    runtime: Runtime,
-    log: Log,
-) -> None:
-    """What runs: script, versions, device, settings, data."""
-    started = time.strftime("%Y%m%d_%H%M%S")
-    log.event("run", run_id=files.log.stem, started=started)
+def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime, log: Log) -> None:
     code = Path(__file__).read_bytes()
     digest = hashlib.sha256(code).hexdigest()
     log.event("code", name=Path(__file__).name, bytes=len(code), sha256=digest)
@@ -2294,12 +2146,8 @@ def log_header(
     on_gpu = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} x{os.cpu_count()}"
     log.event("device", name=name, world_size=runtime.world_size, dtype=str(runtime.dtype)[6:])
-    for f in fields(hp):
-        # str: a float reads back equal.
+    for f in fields(hp):  # str: a float reads back equal
         log.event("config", name=f.name, value=str(getattr(hp, f.name)), source=sources[f.name])
-    for facts in data.facts:
-        log.event("data", **facts)
-    log.phase("start")
     if not on_gpu and not hp.evaluate and hp.model_dim * hp.num_layers > 4096:
         text = "a model of this size takes minutes a step on a CPU: --env scripts/demo.env is small"
         log.event("warning", text=text)
@@ -2335,13 +2183,6 @@ def load_model(hp: Hyperparameters, artifact: Path, runtime: Runtime, log: Log) 
     model = build_model(adopt(hp, stored), runtime, log)
     model.load_state_dict(tensors)
     return model
-
-
-def write_losses(hp: Hyperparameters, losses: Tensor, runtime: Runtime, log: Log) -> None:
-    if hp.token_losses and runtime.is_main:
-        buffer = io.BytesIO()
-        np.save(buffer, losses.cpu().numpy())
-        write_or_rescue(Path(hp.token_losses), buffer.getvalue(), log)
 
 
 def train(trainer: Trainer, evaluator: Evaluator, files: Files) -> tuple[int, Path]:
@@ -2381,7 +2222,11 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
     hp, data = open_data(hp, runtime)
     log = Log(files.log if runtime.is_main else None, hp.resume)
     try:
-        log_header(hp, sources, data, files, runtime, log)
+        log.event("run", run_id=files.log.stem, started=time.strftime("%Y%m%d_%H%M%S"))
+        log_header(hp, sources, runtime, log)
+        for facts in data.facts:
+            log.event("data", **facts)
+        log.phase("start")
         evaluator = Evaluator(hp, data.val_tokens, data.token_bytes, runtime, log)
         code, artifact = 0, Path(hp.evaluate or files.artifact)
         if not hp.evaluate:
@@ -2394,7 +2239,9 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
             losses = evaluator.run_all(model, model.hp.eval_passes)
             log.event("evaluated", graphs_compiled=graphs_compiled() - graphs)
             log.phase("evaluation")
-            write_losses(hp, losses, runtime, log)
+            if hp.token_losses and runtime.is_main:
+                np.save(buffer := io.BytesIO(), losses.cpu().numpy())
+                write_or_rescue(Path(hp.token_losses), buffer.getvalue(), log)
         return code
     except BaseException as error:
         log.abandon(error)
@@ -2408,7 +2255,8 @@ def main() -> int:
     try:
         hp, sources = read_configuration(os.environ, sys.argv[1:])
         runtime = Runtime.start(hp)
-        code = run(hp, sources, runtime, interrupts)
+        with sdpa_kernel([getattr(SDPBackend, name) for name in ATTENTION], set_priority=True):
+            code = run(hp, sources, runtime, interrupts)
         runtime.barrier()  # torchrun ends the others as soon as one leaves with another code than 0
         return code
     except (UserError, FloatingPointError) as error:

@@ -1,94 +1,95 @@
-"""Text files -> documents: plain or JSON lines, compressed or not, or from standard input."""
+"""Text files, folders and standard input -> documents."""
 
 from __future__ import annotations
 
 import gzip
-import json
+import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from train_gpt import UserError
+from data.command import note, parse_json
+from train_gpt import UserError, require
 
-READ_BYTES = 1 << 20
-ZSTD_READ_BYTES = 4096  # compressed; up to 32,000 times as many come out of them
+try:
+    from backports import zstd
+except ImportError:  # only .zst files need it
+    zstd = None
+
 STDIN = Path("-")
-FORMATS = {".txt": "plain", ".md": "plain", ".jsonl": "jsonl"}
+FORMATS = {".txt": "plain", ".md": "plain", ".rst": "plain", ".py": "plain", ".jsonl": "jsonl"}
 COMPRESSIONS = (".gz", ".xz", ".zst")
-# What a JSON line may take beside and around its text: \\u escapes triple it.
-JSON_OVERHEAD = 4
+BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+if zstd is not None:
+    BROKEN += (zstd.ZstdError,)
+
+READ_CHARS = 1 << 20
+MAX_LINE_CHARS = 1 << 26
+# Longer documents are cut: so memory is bounded, and training loses nothing, as its windows are
+# hundreds of times shorter.
+MAX_DOCUMENT_CHARS = 1 << 20
+END_OF_TEXT = "<|endoftext|>"  # what many published corpora put between documents
+# Fewer documents than this cannot be divided well, so they are cut into about 100 passages.
+FEW_DOCUMENTS, PASSAGES, MIN_PASSAGE_CHARS = 20, 100, 500
 
 
-def text_format(path: Path) -> str:
-    """`plain` or `jsonl`, by the name. Raises UserError for any other."""
+def text_format(path: Path) -> str | None:
+    """`plain` or `jsonl`, by the name; None for any other."""
     name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    if name.suffix not in FORMATS:
-        raise UserError(
-            f"{path}: an input is named *{', *'.join(FORMATS)}, or so and then "
-            f"{', '.join(COMPRESSIONS)}: rename it, or pipe its text into standard input (-)"
+    return FORMATS.get(name.suffix)
+
+
+def find_inputs(paths: Iterable[Path]) -> list[Path]:
+    """The files that `paths` name; of a folder, all text files below it. Raises UserError."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            names = (file.relative_to(path) for file in sorted(path.rglob("*")))
+            visible = (n for n in names if not any(part.startswith(".") for part in n.parts))
+            below = [path / n for n in visible if text_format(n) and (path / n).is_file()]
+            require(bool(below), f"input {path} holds no file named *{', *'.join(FORMATS)}")
+            files += below
+            continue
+        require(path == STDIN or path.is_file(), f"input {path} does not exist: check its name")
+        require(
+            path == STDIN or text_format(path) is not None,
+            f"input {path}: its name must end in {', '.join(FORMATS)}, or so and then in "
+            f"{', '.join(COMPRESSIONS)}: rename it, or pipe its text into standard input (-)",
         )
-    return FORMATS[name.suffix]
-
-
-class ZstdFile:
-    """Reads zstandard frames; the package's own reader takes a file that was cut off for whole."""
-
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self.raw, self.zstandard = raw, zstandard
-        self.frame, self.unused = None, b""
-
-    def read(self, about_bytes: int) -> bytes:
-        """The next bytes, about so many; none at the end. Raises EOFError if the data is broken."""
-        parts, size = [], 0
-        while size < about_bytes and (data := self.unused or self.raw.read(ZSTD_READ_BYTES)):
-            if self.frame is None:
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
-            try:
-                parts.append(self.frame.decompress(data))
-            except self.zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-            size += len(parts[-1])
-            self.unused = self.frame.unused_data
-            if self.frame.eof:
-                self.frame = None
-        if size == 0 and self.frame is not None:
-            raise EOFError("it ends within a frame")
-        return b"".join(parts)
+        files.append(path)
+    return files
 
 
 def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     """The content of the open file `raw`, decompressed as the name says."""
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
+        return gzip.open(raw)
     if path.suffix == ".xz":
-        return lzma.LZMAFile(raw)
+        return lzma.open(raw)
     if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(
-                f"{path}: reading .zst needs a package more: pip install zstandard"
-            ) from None
-        return ZstdFile(raw, zstandard)
+        require(zstd is not None, f"{path}: to read .zst, pip install backports.zstd")
+        return zstd.open(raw)
     return raw
 
 
-def decode(data: bytes, where: str) -> str:
-    """UTF-8 text. Raises UserError, with the position, if it is none."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: its byte {error.start} (0x{data[error.start]:02x}) is no UTF-8: inputs are "
-            "UTF-8 text; convert others, e.g. with iconv -f UTF-16 -t UTF-8"
-        ) from None
-    if "\0" in text:
-        raise UserError(f"{where}: holds a zero byte, so it is binary data, not text: leave it out")
-    return text
+def cut(text: str, max_chars: int) -> Iterator[str]:
+    """`text` in parts: cut at a blank line if there is one, or a line end, a space, anywhere."""
+    start = 0
+    while len(text) - start > max_chars:
+        end = start + max_chars
+        for mark in ("\n\n", "\n", " "):
+            place = text.rfind(mark, start + max_chars // 2, end)
+            if place >= 0:
+                end = place + len(mark)
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 @dataclass
@@ -96,103 +97,97 @@ class TextFiles:
     """The documents of `paths`, in order, read as a stream. Iterating raises UserError.
 
     A plain file is one document, or several between `separator`s; a line of JSON is one, its text
-    in the field `text_key`. `max_document_bytes` bounds what is held at once.
+    in the field `text_key`.
     """
 
-    paths: Sequence[Path]
-    max_document_bytes: int
+    paths: list[Path]
     text_key: str = "text"
     separator: str | None = None
     stdin_format: str = "plain"
-    done_bytes: int = field(default=0, init=False)  # of the files as they lie on disk
 
-    def __post_init__(self) -> None:
-        for path in self.paths:
-            if path == STDIN:
-                continue
-            if not path.is_file():
-                raise UserError(
-                    f"input {path} is no file: check its name, or name a folder's files"
-                )
-            text_format(path)
-
-    @property
-    def total_bytes(self) -> int | None:
-        """The size of all files on disk; None if one is standard input."""
-        if STDIN in self.paths:
-            return None
-        return sum(path.stat().st_size for path in self.paths)
-
-    def identity(self) -> list[dict[str, Any]] | None:
+    def identity(self) -> list[Any] | None:
         """What tells these inputs from changed ones; None if nothing can."""
         if STDIN in self.paths:
             return None
-        stats = [(path, path.stat()) for path in self.paths]
-        return [{"name": p.name, "bytes": s.st_size, "changed_ns": s.st_mtime_ns} for p, s in stats]
+        stats = [(path.name, path.stat()) for path in self.paths]
+        return [[name, stat.st_size, stat.st_mtime] for name, stat in stats]
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
             if path == STDIN:
-                yield from self.parse(sys.stdin.buffer, self.stdin_format, "standard input")
+                yield from self.documents(sys.stdin.buffer, self.stdin_format, "standard input")
                 continue
-            before = self.done_bytes
-            with path.open("rb") as raw:
-                documents = self.parse(decompressed(path, raw), text_format(path), str(path))
-                try:
-                    for text in documents:
-                        self.done_bytes = before + raw.tell()
-                        yield text
-                except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-                    raise UserError(
-                        f"{path}: broken {path.suffix} data ({error}): get it again"
-                    ) from None
-            self.done_bytes = before + path.stat().st_size
-
-    def parse(self, stream: BinaryIO, kind: str, where: str) -> Iterator[str]:
-        if kind == "jsonl":
-            limit = JSON_OVERHEAD * self.max_document_bytes
-            for number, line in enumerate(self.records(stream, b"\n", limit, where), 1):
-                if line.strip():
-                    yield self.parse_json(line, f"{where}, line {number}")
-            return
-        separator = self.separator.encode() if self.separator else None
-        records = self.records(stream, separator, self.max_document_bytes, where)
-        for number, data in enumerate(records, 1):
-            yield decode(data, f"{where}, document {number}" if separator else where)
-
-    def records(
-        self, stream: BinaryIO, separator: bytes | None, limit: int, where: str
-    ) -> Iterator[bytes]:
-        """The bytes between separators; none larger than `limit` is ever held."""
-        rest, number = b"", 1
-        while chunk := stream.read(READ_BYTES):
-            rest += chunk
-            if separator:
-                *records, rest = rest.split(separator)
-                number += len(records)
-                yield from records
-            if len(rest) > limit:
+            try:
+                with path.open("rb") as raw:
+                    stream = decompressed(path, raw)
+                    yield from self.documents(stream, text_format(path), str(path))
+            except BROKEN as error:
                 raise UserError(
-                    f"{where}, document {number} is longer than the {limit / 1e6:.1f} MB that the "
-                    "memory allows: raise --memory-mb, lower --workers, or cut the text with "
-                    "--separator"
-                )
+                    f"{path}: its {path.suffix} data are broken ({error}): get it again"
+                ) from None
+
+    def documents(self, stream: BinaryIO, kind: str, where: str) -> Iterator[str]:
+        """The documents of one file; its line ends become \\n, whichever they are."""
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        parse = self.json_documents if kind == "jsonl" else self.plain_documents
+        try:
+            for document in parse(text, where):
+                yield from cut(document, MAX_DOCUMENT_CHARS)
+        except UnicodeDecodeError as error:
+            before = error.object[max(0, error.start - 30) : error.start].decode(errors="replace")
+            raise UserError(
+                f"{where}: byte 0x{error.object[error.start]:02x} after {before!r} is not UTF-8: "
+                "convert the file, e.g. with iconv -f LATIN1 -t UTF-8"
+            ) from None
+
+    def plain_documents(self, stream: TextIO, where: str) -> Iterator[str]:
+        separator, rest = self.separator, ""
+        while chunk := stream.read(READ_CHARS):
+            require(
+                "\0" not in chunk, f"{where}: holds a zero byte, so it is no text: leave it out"
+            )
+            rest += chunk
+            if separator is None and END_OF_TEXT in chunk:
+                separator = END_OF_TEXT
+                note(f"note: {where} is divided at {END_OF_TEXT}")
+            if separator:
+                *documents, rest = rest.split(separator)
+                yield from documents
+            if len(rest) > 2 * MAX_DOCUMENT_CHARS:
+                *parts, rest = cut(rest, MAX_DOCUMENT_CHARS)
+                yield from parts
         yield rest
 
-    def parse_json(self, line: bytes, where: str) -> str:
-        try:
-            record = json.loads(decode(line, where))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: no JSON ({error.msg}): a line is one JSON object") from None
-        text = record.get(self.text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(
-                f"{where}: no text in a field {self.text_key!r}: name the field with --text-key"
+    def json_documents(self, stream: TextIO, where: str) -> Iterator[str]:
+        number = 0
+        while line := stream.readline(MAX_LINE_CHARS):
+            number += 1
+            place = f"{where}, line {number}"
+            require(len(line) < MAX_LINE_CHARS, f"{place}: is too long for a line of JSON")
+            if not line.strip():
+                continue
+            record = parse_json(line.removeprefix("\ufeff"), place)
+            text = record.get(self.text_key) if isinstance(record, dict) else None
+            require(
+                isinstance(text, str),
+                f"{place}: has no text in a field {self.text_key!r}: name it with --text-key",
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: half of a surrogate pair is no text: mend the escape"
-            ) from None
-        return text
+            yield text
+
+
+def enough_documents(texts: Iterable[str]) -> Iterator[str]:
+    """`texts`; if they are few, passages of them instead, so that some can be held out."""
+    texts = iter(texts)
+    first = list(islice(texts, FEW_DOCUMENTS))
+    if len(first) == FEW_DOCUMENTS:
+        yield from chain(first, texts)
+        return
+    passage_chars = max(MIN_PASSAGE_CHARS, sum(map(len, first)) // PASSAGES)
+    passages = [passage for text in first for passage in cut(text, passage_chars)]
+    if len(passages) > len(first):
+        note(
+            f"note: {len(first)} document(s) are few to hold some out of: cut at blank lines, line "
+            f"ends or spaces into {len(passages)} of up to {passage_chars:,} characters "
+            "(--separator says otherwise)"
+        )
+    yield from passages

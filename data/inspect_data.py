@@ -4,8 +4,8 @@
     python data/inspect_data.py data/datasets/demo --no-overlap
 
 Every header and token is checked. Printed are the tokens of each split, how they are spread over
-the vocabulary, their bytes, the start of a document of each split, how much of the validation text
-also stands in the training text, and the fingerprint that a run's log holds.
+the vocabulary, their bytes, the start of each split, how much of the validation text also stands in
+the training text, and the fingerprint that a run's log holds.
 """
 
 from __future__ import annotations
@@ -13,84 +13,52 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import sentencepiece as spm
-import torch
+try:
+    import numpy as np
+    import sentencepiece as spm
+    import torch
 
-from data.overlap import (
-    BLOCK_TOKENS,
-    SHINGLE_TOKENS,
-    ValidationIndex,
-    block_shingles,
-    document_hash,
-    shard_documents,
-)
-from data.progress import Progress
-from data.shards import shard_text_bytes
-from data.workers import Workers, usable_cores
-from train_gpt import (
-    TokenBytes,
-    UserError,
-    data_fingerprint,
-    find_data_shards,
-    load_tokenizer,
-    open_data_shard,
-)
+    from data.command import bounded, progress, run_command, usable_cores
+    from data.overlap import BLOCK_TOKENS, ValidationIndex, document_blocks
+    from data.shards import split_bytes
+    from data.tokenizer import check_token_bytes, open_tokenizer
+    from train_gpt import (
+        TokenBytes,
+        UserError,
+        data_fingerprint,
+        find_data_shards,
+        open_data_shard,
+        require,
+    )
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
 
 SAMPLE_TOKENS = 120
 FREQUENT_PIECES = 12
-NOWHERE = np.zeros(0, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One shard of a split, and what to look at it with."""
-
-    paths: tuple[Path, ...]  # of the split
-    index: int
-    tokenizer: Path
-    vocab_size: int
-    val_paths: tuple[Path, ...]  # to compare with; empty: do not
-
-
-@dataclass
-class Found:
-    """What is in a shard, or in a split."""
-
-    histogram: np.ndarray  # (vocabulary,) counts
-    text_bytes: int
-    documents: int
-    val_documents: set[int]  # hashes of validation documents seen
-    val_shingles: np.ndarray  # places in the validation index, of shingles seen
-
-    def add(self, other: Found) -> None:
-        self.histogram = self.histogram + other.histogram
-        self.text_bytes += other.text_bytes
-        self.documents += other.documents
-        self.val_documents |= other.val_documents
-        self.val_shingles = np.union1d(self.val_shingles, other.val_shingles)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.histogram.sum())
-
-
-@cache
-def open_tokenizer(path: Path, vocab_size: int) -> tuple[spm.SentencePieceProcessor, TokenBytes]:
-    torch.set_num_threads(1)  # the shards are what is worked on in parallel
-    tokenizer = load_tokenizer(path, vocab_size)
-    return tokenizer, TokenBytes(tokenizer, torch.device("cpu"))
-
-
-@cache
-def validation_index(paths: tuple[Path, ...], bos: int) -> ValidationIndex:
-    return ValidationIndex(paths, bos)
+def find_tokenizer(folder: Path, given: Path | None) -> Path:
+    """The tokenizer beside the shards, or where a download puts it. Raises UserError."""
+    beside = folder / "tokenizer.model"
+    if beside.is_file():
+        same = given is None or not given.is_file() or given.read_bytes() == beside.read_bytes()
+        require(same, f"--tokenizer {given} is not {beside}, which {folder} was made with")
+    if given or beside.is_file():
+        return given or beside
+    downloads = folder.resolve().parent.parent / "tokenizers"
+    downloaded = sorted(downloads.glob("*.model"))
+    require(
+        len(downloaded) == 1,
+        f"{folder} has no tokenizer.model, and {downloads} has {len(downloaded)} tokenizers: name "
+        "one with --tokenizer",
+    )
+    return downloaded[0]
 
 
 def count_tokens(path: Path, vocab_size: int) -> np.ndarray:
@@ -98,151 +66,97 @@ def count_tokens(path: Path, vocab_size: int) -> np.ndarray:
     tokens, histogram = open_data_shard(path), np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), BLOCK_TOKENS):  # bincount takes 8 bytes a token
         block = np.bincount(tokens[start : start + BLOCK_TOKENS], minlength=vocab_size)
-        if len(block) > vocab_size:
-            raise UserError(
-                f"data shard {path} holds token {len(block) - 1}, outside the vocabulary of "
-                f"{vocab_size}: name its tokenizer with --tokenizer and --vocab-size"
-            )
+        require(
+            len(block) == vocab_size,
+            f"data shard {path} holds token {len(block) - 1}, outside the vocabulary of "
+            f"{vocab_size}: name its tokenizer with --tokenizer",
+        )
         histogram += block
     return histogram
 
 
-def look_at_shard(task: Task) -> Found:
-    """All that is printed of a shard. Raises UserError if a token is outside the vocabulary."""
-    histogram = count_tokens(task.paths[task.index], task.vocab_size)
-    tokenizer, table = open_tokenizer(task.tokenizer, task.vocab_size)
-    text_bytes = shard_text_bytes(task.paths, task.index, table)
-    bos = tokenizer.bos_id()
-    found = Found(histogram, text_bytes, int(histogram[bos]), set(), NOWHERE)
-    if task.val_paths:
-        compare(task, bos, found)
-    return found
-
-
-def compare(task: Task, bos: int, found: Found) -> None:
-    """Looks for validation documents and shingles among the documents of a training shard."""
-    index = validation_index(task.val_paths, bos)
-    known, places = set(index.documents.tolist()), [NOWHERE]
-    for block in shard_documents(task.paths, task.index, bos):
-        found.val_documents |= known.intersection(map(document_hash, block.documents()))
-        for _, hashes in block_shingles(block, bos):
-            places.append(index.found(hashes[index.sampled(hashes)]))
-    found.val_shingles = np.unique(np.concatenate(places))
-
-
-def look_at_split(tasks: list[Task], split: str, workers: Workers) -> Found:
-    sizes = [len(open_data_shard(path)) for path in tasks[0].paths]
-    total = Found(np.zeros(tasks[0].vocab_size, dtype=np.int64), 0, 0, set(), NOWHERE)
-    with Progress(f"look at {split}", 2 * sum(sizes)) as progress:
-        for found in workers.map(look_at_shard, tasks):
-            total.add(found)
-            progress.update(2 * total.tokens)  # bytes
-    return total
-
-
-def describe_split(split: str, paths: Sequence[Path], found: Found) -> str:
-    share = found.histogram / found.tokens
-    entropy = -float((share[share > 0] * np.log2(share[share > 0])).sum())
-    return (
-        f"{split}: {len(paths)} shards, {found.documents:,} documents, {found.tokens:,} tokens, "
-        f"{found.text_bytes:,} bytes, {found.text_bytes / found.tokens:.4f} bytes per token, "
+def describe_split(
+    name: str, paths: Sequence[Path], tokenizer: spm.SentencePieceProcessor
+) -> tuple[str, np.ndarray]:
+    """What there is to say of a split, and how often each token occurs in it."""
+    histogram = sum(count_tokens(path, tokenizer.vocab_size()) for path in paths)
+    table = TokenBytes(tokenizer, torch.device("cpu"))
+    check_token_bytes(tokenizer, table, open_data_shard(paths[0]))
+    tokens, text_bytes = int(histogram.sum()), 0
+    with progress(f"count the bytes of {name}", 2 * tokens) as bar:
+        for block_tokens, block_bytes in split_bytes(paths, table):
+            text_bytes += block_bytes
+            bar.update(2 * block_tokens)
+    share = histogram[histogram > 0] / tokens
+    entropy = -float((share * np.log2(share)).sum())
+    documents = int(histogram[tokenizer.bos_id()])
+    text = (
+        f"{name}: {len(paths)} shards, {documents:,} documents, {tokens:,} tokens, "
+        f"{text_bytes:,} bytes, {text_bytes / tokens:.4f} bytes per token, "
         f"fingerprint {data_fingerprint(paths)}\n"
         f"  unigram entropy {entropy:.3f} bits per token, "
-        f"{entropy * found.tokens / found.text_bytes:.4f} bits per byte"
+        f"{entropy * tokens / max(text_bytes, 1):.4f} bits per byte"
     )
+    if documents == 0:
+        text += f"\n  no document starts: the shards hold no BOS (token {tokenizer.bos_id()})"
+    return text, histogram
 
 
 def describe_vocabulary(histogram: np.ndarray, tokenizer: spm.SentencePieceProcessor) -> str:
     """How the tokens of all splits are spread over the vocabulary."""
-    total, pieces = histogram.sum(), range(len(histogram))
-    count = {
-        "byte-fallback": sum(int(histogram[i]) for i in pieces if tokenizer.IsByte(i)),
-        "unknown": int(histogram[tokenizer.unk_id()]),
-        "control": sum(int(histogram[i]) for i in pieces if tokenizer.IsControl(i)),
+    total, ids = histogram.sum(), range(len(histogram))
+    pieces = [tokenizer.IdToPiece(i) for i in ids]
+    special = {
+        "byte-fallback": [i for i in ids if tokenizer.IsByte(i)],
+        "unknown": [tokenizer.unk_id()],
+        "control": [i for i in ids if tokenizer.IsControl(i)],
     }
-    text = [i for i in pieces if not (tokenizer.IsByte(i) or tokenizer.IsControl(i))]
-    unused = [tokenizer.IdToPiece(i) for i in text if histogram[i] == 0]
-    top = np.argsort(-histogram, kind="stable")[:FREQUENT_PIECES]
-    frequent = ", ".join(f"{tokenizer.IdToPiece(int(i))} {histogram[i] / total:.1%}" for i in top)
-    kinds = ", ".join(f"{n:,} {kind} ({n / total:.2%})" for kind, n in count.items())
+    counts = {kind: int(histogram[members].sum()) for kind, members in special.items()}
+    kinds = ", ".join(f"{n:,} {kind} ({n / total:.2%})" for kind, n in counts.items())
+    top = np.argsort(-histogram, kind="stable")[:FREQUENT_PIECES].tolist()
+    frequent = ", ".join(f"{pieces[i]} {histogram[i] / total:.1%}" for i in top if histogram[i])
+    text = set(ids).difference(*special.values())
+    unused = [pieces[i] for i in sorted(text) if histogram[i] == 0]
     return (
-        f"vocabulary: {np.count_nonzero(histogram):,} of {len(histogram):,} pieces occur; {kinds}\n"
+        f"vocabulary: {np.count_nonzero(histogram):,} of {len(pieces):,} pieces occur; {kinds}\n"
         f"  most frequent: {frequent}\n"
         f"  text pieces that never occur: {len(unused)} {' '.join(unused[:FREQUENT_PIECES])}"
     )
 
 
-def describe_overlap(index: ValidationIndex, found: Found) -> str:
-    documents = index.documents.tolist()
-    same = sum(document in found.val_documents for document in documents)
-    seen = np.zeros(len(index.shingles), dtype=bool)
-    seen[found.val_shingles] = True
-    seen = seen[index.places]  # of every shingle of the split, in order
-    total = np.bincount(index.owners, minlength=len(documents))
-    share = np.bincount(index.owners, weights=seen, minlength=len(documents)) / np.maximum(total, 1)
-    some, half = int((share > 0).sum()), int((share >= 0.5).sum())
-    sampled = f" (1 in {1 << index.sample_shift} looked at)" if index.sample_shift else ""
-    return (
-        f"overlap: {same:,} of {len(documents):,} validation documents are training documents, "
-        f"{len(documents) - len(set(documents)):,} repeat within validation\n"
-        f"  {int(seen.sum()):,} of {len(seen):,} runs of {SHINGLE_TOKENS} validation tokens"
-        f"{sampled} occur in training ({seen.sum() / max(len(seen), 1):.3%})\n"
-        f"  {some:,} documents have such a run; in {half:,} half of all runs are such"
-    )
+def measure_overlap(train: Sequence[Path], val: Sequence[Path], bos: int, threads: int) -> str:
+    index = ValidationIndex(val, bos)
+    total = sum(len(open_data_shard(path)) for path in train)
+    blocks = document_blocks(train, bos)
+    with progress("compare", 2 * total) as bar, ThreadPoolExecutor(threads) as pool:
+        while group := list(islice(blocks, 4 * threads)):  # no more than these are in memory
+            list(pool.map(index.look_up, group))
+            bar.update(2 * sum(map(len, group)))
+    return index.report()
 
 
-def sample(paths: Sequence[Path], tokenizer: spm.SentencePieceProcessor) -> str:
-    ids = open_data_shard(paths[0])[:SAMPLE_TOKENS].tolist()
-    return repr(tokenizer.Decode(ids))
-
-
-def find_tokenizer(folder: Path, given: Path | None) -> Path:
-    """The tokenizer beside the shards, or where a download puts it. Raises UserError."""
-    if given:
-        return given
-    beside = folder / "tokenizer.model"
-    downloaded = sorted((folder.parent.parent / "tokenizers").glob("*.model"))
-    if beside.is_file():
-        return beside
-    if len(downloaded) != 1:
-        raise UserError(
-            f"{folder} has no tokenizer.model, and {len(downloaded)} tokenizers are in "
-            f"{folder.parent.parent / 'tokenizers'}: name one with --tokenizer"
-        )
-    return downloaded[0]
-
-
-def open_all(paths: Sequence[Path]) -> None:
-    """Checks all headers. Raises UserError with everything that is wrong."""
+def inspect(args: argparse.Namespace) -> None:
+    splits = {split: find_data_shards(args.folder, split) for split in ("train", "val")}
     faults = []
-    for path in paths:
+    for path in (*splits["train"], *splits["val"]):
         try:
             open_data_shard(path)
         except UserError as error:
             faults.append(str(error))
-    if faults:
-        raise UserError("\n  ".join([f"{len(faults)} of {len(paths)} shards:", *faults]))
-
-
-def inspect(args: argparse.Namespace) -> None:
-    splits = {split: tuple(find_data_shards(args.folder, split)) for split in ("train", "val")}
-    open_all([path for paths in splits.values() for path in paths])
-    model = find_tokenizer(args.folder, args.tokenizer)
-    tokenizer, _ = open_tokenizer(model, args.vocab_size)
-    index = validation_index(splits["val"], tokenizer.bos_id()) if args.overlap else None
-    found = {}
-    with Workers(args.workers) as workers:
-        for split, paths in splits.items():
-            val_paths = splits["val"] if index and split == "train" else ()
-            common = (model, args.vocab_size, val_paths)
-            tasks = [Task(paths, i, *common) for i in range(len(paths))]
-            found[split] = look_at_split(tasks, split, workers)
-            print(describe_split(split, paths, found[split]))
-    print(describe_vocabulary(found["train"].histogram + found["val"].histogram, tokenizer))
-    if index:
-        print(describe_overlap(index, found["train"]))
-    for split, paths in splits.items():
-        print(f"{split} begins: {sample(paths, tokenizer)}")
+    require(not faults, "\n  ".join(faults))
+    tokenizer = open_tokenizer(find_tokenizer(args.folder, args.tokenizer))
+    histogram = 0
+    for name, paths in splits.items():
+        text, counts = describe_split(name, paths, tokenizer)
+        print(text)
+        histogram = histogram + counts
+    print(describe_vocabulary(histogram, tokenizer))
+    if args.overlap:
+        bos = tokenizer.bos_id()
+        print(measure_overlap(splits["train"], splits["val"], bos, args.workers))
+    for name, paths in splits.items():
+        start = open_data_shard(paths[0])[:SAMPLE_TOKENS].tolist()
+        print(f"{name} begins: {tokenizer.Decode(start)!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,20 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder of fineweb_{train,val}_*.bin")
     add("--tokenizer", type=Path, help="SentencePiece model (default: the one found with DIR)")
-    add("--vocab-size", type=int, default=1024, help="pieces of the tokenizer")
-    add(
-        "--overlap",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="look for validation text in the training text",
-    )
-    add("--workers", type=int, default=usable_cores(), help="processes")
-    try:
-        inspect(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    overlap_help = "look for validation text in the training text"
+    add("--overlap", action=argparse.BooleanOptionalAction, default=True, help=overlap_help)
+    add("--workers", type=bounded(int, 1, 1024), default=usable_cores(), help="threads")
+    args = parser.parse_args(argv)
+    return run_command(lambda: inspect(args), kept="nothing was changed")
 
 
 if __name__ == "__main__":

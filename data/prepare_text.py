@@ -1,7 +1,8 @@
 """Makes a tokenizer and token shards of any text: what train_gpt.py reads.
 
+    python data/prepare_text.py book.txt --output data/datasets/book
+    python data/prepare_text.py notes/ --output data/datasets/notes --vocab-size 2048
     python data/prepare_text.py corpus/*.jsonl.xz --output data/datasets/mine
-    python data/prepare_text.py books/*.txt --output data/datasets/books --vocab-size 2048
     zcat dump.gz | python data/prepare_text.py - --separator '<|endoftext|>' --output ...
     python data/prepare_text.py --source python-docs --output data/datasets/demo
 
@@ -13,216 +14,152 @@ complete, and not before: tokenizer.model, fineweb_{train,val}_*.bin, manifest.j
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sentencepiece as spm
+try:
+    import sentencepiece as spm
+    import torch
 
-from data.documents import TextFiles
-from data.pipeline import TOKENIZER_NAME, Memory, Preparation, check_tokenizer
-from data.python_docs import python_docs
-from data.shards import staged_folder, write_json
-from data.workers import Workers, usable_cores
-from train_gpt import UserError
+    from data.command import bounded, read_json, run_command, usable_cores
+    from data.documents import TextFiles, find_inputs
+    from data.pipeline import TOKENIZER_NAME, Preparation
+    from data.python_docs import PythonDocs
+    from data.shards import staged_folder
+    from data.tokenizer import RESERVED_PIECES, check_tokenizer, open_tokenizer
+    from train_gpt import UserError, require
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
 
-MANIFEST_NAME, MANIFEST_FORMAT = "manifest.json", 1
+MANIFEST_NAME, MANIFEST_FORMAT = "manifest.json", 2
+NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Any UTF-8 text -> a SentencePiece tokenizer and token shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "inputs",
-        nargs="*",
-        type=Path,
-        metavar="INPUT",
-        help="*.txt, *.md or *.jsonl, also .gz, .xz or .zst; - is standard input",
-    )
-    add("--source", choices=("files", *SOURCES), default="files", help="where documents come from")
+    text = "*.txt, *.md, *.rst, *.py, *.jsonl, also .gz, .xz or .zst; a folder of them; - is stdin"
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=text)
+    text = "where documents come from"
+    add("--source", choices=("files", "python-docs"), default="files", help=text)
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace the shards that DIR holds")
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model; none: train one")
-    add("--vocab-size", type=int, default=1024, help="pieces of the tokenizer")
-    add(
-        "--normalization",
-        choices=("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"),
-        help="of a tokenizer to train; identity loses nothing (default: nmt_nfkc)",
-    )
-    add(
-        "--allow-unknown",
-        action="store_true",
-        help="take a tokenizer without byte fallback: characters are lost",
-    )
-    add(
-        "--val-fraction", type=float, default=0.08, help="of the text's bytes, held out by document"
-    )
-    add(
-        "--val-input",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="validation text, instead of a held-out fraction; may be repeated",
-    )
+    sizes = bounded(int, RESERVED_PIECES + 20, 65_536)
+    add("--vocab-size", type=sizes, default=1024, help="pieces of the tokenizer to train, at most")
+    text = "of the tokenizer to train; identity loses nothing (default: nmt_nfkc)"
+    add("--normalization", choices=NORMALIZATIONS, help=text)
+    text = "take a tokenizer without byte fallback: characters are lost"
+    add("--allow-unknown", action="store_true", help=text)
+    text = "of the text's bytes, held out by document"
+    add("--val-fraction", type=bounded(float, 0.0001, 0.9999), default=0.08, help=text)
+    text = "validation text, instead of a held-out fraction; may be repeated"
+    add("--val-input", type=Path, action="append", default=[], metavar="INPUT", help=text)
     add("--text-key", default="text", help="field of a JSON line that holds the text")
-    add(
-        "--separator",
-        help="text between the documents of a plain file; \\n is a line break "
-        "(default: the file is one document)",
+    text = (
+        "text between the documents of a plain file; \\n is a line break (default: a file is one "
+        "document; fewer than 20 documents are cut into passages)"
     )
+    add("--separator", help=text)
     add("--stdin-format", choices=("plain", "jsonl"), default="plain", help="of standard input")
-    add("--shard-tokens", type=int, default=100_000_000, help="tokens of a shard")
-    add("--seed", type=int, default=1337, help="chooses the documents to hold out")
-    add("--workers", type=int, default=usable_cores(), help="processes")
-    add(
-        "--memory-mb",
-        type=int,
-        default=2048,
-        help="memory for the documents in work, all processes, MB; the program takes 300 more",
-    )
-    args = parser.parse_args(argv)
-    check_arguments(args)
-    return args
+    text = "tokens of a shard"
+    add("--shard-tokens", type=bounded(int, 1, 1 << 30), default=100_000_000, help=text)
+    text = "chooses the documents to hold out"
+    add("--seed", type=bounded(int, 0, (1 << 53) - 1), default=1337, help=text)
+    add("--workers", type=bounded(int, 1, 1024), default=usable_cores(), help="threads")
+    return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError with everything that is wrong with the arguments."""
-    from_files = args.source == "files"
-    rules = [
-        (from_files == bool(args.inputs), "give INPUT files, or a --source that needs none"),
-        (8 <= args.vocab_size <= 65_536, f"--vocab-size {args.vocab_size}: from 8 to 65,536"),
-        (0 < args.val_fraction < 1, f"--val-fraction {args.val_fraction}: between 0 and 1"),
-        (args.shard_tokens >= 1, f"--shard-tokens {args.shard_tokens}: at least 1"),
-        (0 <= args.seed < 1 << 64, f"--seed {args.seed}: from 0 to 2^64 - 1"),
-        (1 <= args.workers <= 1024, f"--workers {args.workers}: from 1 to 1,024"),
-        (args.memory_mb >= 256, f"--memory-mb {args.memory_mb}: at least 256"),
-        (args.separator != "", "--separator: at least one character"),
-        (
-            not (args.tokenizer and args.normalization),
-            "--normalization is of a tokenizer to train; the one of --tokenizer has its own",
-        ),
-    ]
-    if broken := [text for kept, text in rules if not kept]:
-        raise UserError("; ".join(broken))
+    """Raises UserError for arguments that do not go together."""
+    no_input = "give INPUT files, or a --source that needs none"
+    require((args.source == "files") == bool(args.inputs), no_input)
+    require(args.separator != "", "--separator: at least one character")
+    require(
+        not (args.tokenizer and args.normalization),
+        "--normalization is of a tokenizer to train; the one of --tokenizer has its own",
+    )
+    if args.tokenizer:
+        check_tokenizer(open_tokenizer(args.tokenizer), args.tokenizer, args.allow_unknown)
+    else:
+        args.normalization = args.normalization or "nmt_nfkc"
 
 
 def open_inputs(args: argparse.Namespace, paths: list[Path]) -> TextFiles:
-    return TextFiles(
-        paths,
-        max_document_bytes=Memory.of(args).max_document_bytes,
-        text_key=args.text_key,
-        separator=args.separator and args.separator.replace("\\n", "\n"),
-        stdin_format=args.stdin_format,
-    )
-
-
-class PythonDocs:
-    """The source `python-docs`: the prose of the installed Python (data/python_docs.py)."""
-
-    total_bytes: int | None = None
-    done_bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in python_docs():
-            self.done_bytes += len(text)
-            yield text
-
-    def identity(self) -> list[dict[str, Any]] | None:
-        return [{"name": "python-docs", "python": sys.version}]
-
-
-# A source is iterated for its documents and has the attributes of TextFiles that Progress and the
-# manifest need: total_bytes, done_bytes and identity().
-SOURCES: dict[str, Callable[[], Any]] = {"python-docs": PythonDocs}
+    separator = args.separator and args.separator.replace("\\r", "").replace("\\n", "\n")
+    return TextFiles(find_inputs(paths), args.text_key, separator, args.stdin_format)
 
 
 def request_of(args: argparse.Namespace, inputs: Any, held_out: TextFiles) -> dict[str, Any]:
     """All that the result depends on: with an equal request there is nothing to do again."""
-    names = "source vocab_size normalization allow_unknown val_fraction text_key separator"
-    options = {name: getattr(args, name) for name in (*names.split(), "shard_tokens", "seed")}
+    how = ("output", "overwrite", "workers")
     tokenizer = args.tokenizer and hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
     return {
-        "format": MANIFEST_FORMAT,
-        "sentencepiece": spm.__version__,
+        **{name: value for name, value in vars(args).items() if name not in how},
         "inputs": inputs.identity(),
-        "val_inputs": held_out.identity(),
+        "val_input": held_out.identity(),
         "tokenizer": tokenizer,
-        **options,
+        "sentencepiece": spm.__version__,
+        "format": MANIFEST_FORMAT,
     }
 
 
-def intact_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`; None if there is none or a file is not as it says."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-        for file in (manifest["tokenizer"], *shards):
-            if (folder / file["file"]).stat().st_size != file["bytes"]:
-                return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if "request" in manifest else None
-
-
-def finished_before(
-    output: Path, request: dict[str, Any], overwrite: bool
-) -> dict[str, Any] | None:
+def finished_before(output: Path, request: dict[str, Any], overwrite: bool) -> Any:
     """The manifest of `output` if it is what `request` asks for; None if it is to be made.
 
     Raises UserError if other data is there, or anything that --overwrite must not remove.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    require(output.is_dir() or not output.exists(), f"--output {output} is a file: choose a folder")
+    there = {path.name for path in output.iterdir()} if output.exists() else set()
+    shards = {name for name in there if name.startswith("fineweb_") and name.endswith(".bin")}
+    foreign = sorted(there - shards - {TOKENIZER_NAME, MANIFEST_NAME})
+    text = f"--output {output} holds {foreign[:1]}, which is no token shard: choose another folder"
+    require(not foreign, text)
+    if overwrite or not there:
         return None
-    if not output.is_dir():
-        raise UserError(f"--output {output} is a file: choose another name")
-    ours = {TOKENIZER_NAME, MANIFEST_NAME, *(path.name for path in output.glob("fineweb_*.bin"))}
-    if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
-        raise UserError(
-            f"--output {output} holds {foreign[0]!r}, no token shard: choose another folder"
-        )
-    manifest = intact_manifest(output)
-    repeatable = None not in (request["inputs"], request["val_inputs"])
-    if manifest and repeatable and manifest["request"] == request:
-        return manifest
-    if not overwrite:
-        raise UserError(
-            f"--output {output} already holds other data: choose another folder, or replace it "
-            "with --overwrite"
-        )
-    return None
+    try:
+        manifest = read_json(output / MANIFEST_NAME)
+        repeatable = None not in (request["inputs"], request["val_input"])  # not standard input
+        if repeatable and manifest["request"] == request:
+            return manifest
+    except (OSError, UserError, KeyError, TypeError):
+        pass  # a manifest of something else
+    raise UserError(
+        f"--output {output} already holds other data: choose another folder, or replace it with "
+        "--overwrite"
+    )
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Makes `args.output`; returns its manifest. Raises UserError and OSError."""
-    inputs = SOURCES[args.source]() if args.source != "files" else open_inputs(args, args.inputs)
+    check_arguments(args)
+    inputs = PythonDocs() if args.source == "python-docs" else open_inputs(args, args.inputs)
     held_out = open_inputs(args, args.val_input)
-    if args.tokenizer:
-        check_tokenizer(args.tokenizer, args.vocab_size, args.allow_unknown)
     request = request_of(args, inputs, held_out)
     if manifest := finished_before(args.output, request, args.overwrite):
-        print(f"{args.output} holds just this already")
+        print(f"{args.output} holds just this already (--overwrite makes it again)")
         return manifest
-    with staged_folder(args.output) as folder, Workers(args.workers) as workers:
-        result = Preparation(args, folder, workers).run(inputs, held_out)
-        write_json(folder / MANIFEST_NAME, {"request": request, **result})
-    return {"request": request, **result}
+    with staged_folder(args.output) as folder:
+        manifest = {"request": request, **Preparation(args, folder).run(inputs, held_out)}
+        # ASCII only, as names of files need not be Unicode.
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
 
 
 def report(manifest: dict[str, Any]) -> str:
-    """The manifest as a table for people."""
+    """The manifest as lines for people."""
     rows = []
     for name, split in manifest["splits"].items():
         rows.append(
@@ -230,29 +167,27 @@ def report(manifest: dict[str, Any]) -> str:
             f"{split['tokens']:>14,} tokens, {split['text_bytes'] / split['tokens']:.4f} bytes per "
             f"token, fingerprint {split['fingerprint']}"
         )
-    for name, split in manifest["splits"].items():
         if split["unknown_tokens"]:
             lost = split["text_bytes"] - split["scored_bytes"]
             rows.append(
-                f"warning: {name}: {split['unknown_tokens']:,} tokens are unknown characters, lost "
-                f"in decoding; with them {lost:,} bytes ({lost / split['text_bytes']:.2%}) are "
-                "not scored"
+                f"warning: {name}: {split['unknown_tokens']:,} tokens are unknown characters; with "
+                f"them {lost:,} bytes ({lost / split['text_bytes']:.2%}) are not scored"
             )
-        else:
-            rows.append(f"{name}: every document decodes to its normalized text, byte for byte")
     changes = manifest["normalization_changes"]
-    rows.append(
-        f"normalization changed {changes['documents']:,} documents: {changes['line_breaks']:,} "
-        f"line breaks, {changes['other_white_space']:,} other white space, "
-        f"{changes['full_width_forms']:,} full-width forms, {changes['other_characters']:,} others"
-    )
-    if most := list(changes["most_changed"].items())[:8]:
-        rows.append("  most of them: " + ", ".join(f"U+{ord(c):04X} {n:,}" for c, n in most))
-    rows.append(
-        f"dropped: {manifest['validation_duplicates_dropped']:,} duplicates of validation "
-        f"documents, {manifest['empty_documents_dropped']:,} empty"
-    )
+    most = ", ".join(f"{c} {n:,}" for c, n in list(changes["lost_characters"].items())[:8])
+    rows += [
+        f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces",
+        f"normalization changed {changes['documents']:,} documents; most often it changed "
+        f"{most or 'nothing'} (--normalization identity keeps them)",
+    ]
+    rows += [f"left out: {n:,} documents: {why}" for why, n in manifest["left_out"].items()]
     return "\n".join(rows)
+
+
+def training_command(output: Path) -> str:
+    """How to train on `output` with what this machine has."""
+    settings = "" if torch.cuda.is_available() else " --env scripts/demo.env"
+    return f"python train_gpt.py{settings} --data-path {shlex.quote(str(output))}"
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -261,26 +196,18 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_arguments(argv)
+    args = make_parser().parse_args(argv)
+
+    def work() -> None:
         print(report(prepare(args)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        full = " (about twice the text's size is needed)" if error.errno == errno.ENOSPC else ""
-        print(f"error: {error}{full}: nothing was written", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(
-        f"train on it: DATA_PATH={args.output} TOKENIZER_PATH={args.output / TOKENIZER_NAME} "
-        f"VOCAB_SIZE={args.vocab_size} python train_gpt.py"
-    )
-    return 0
+        print(f"train on it: {training_command(args.output)}")
+
+    return run_command(work, kept="nothing was written")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
     sys.exit(main())

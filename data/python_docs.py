@@ -1,16 +1,22 @@
 """A corpus that needs no download: the prose that every Python installation carries.
 
 The docstrings of the standard library, one document per module, and the language reference that
-`help()` shows (pydoc's topics), one document per topic: about
-about 1.6 MB of English. The source files are parsed, never imported, so nothing of them runs.
+`help()` shows (pydoc's topics), one document per topic: about 1.6 MB of English. The source files
+are parsed, never imported, so nothing of them runs.
 """
 
 from __future__ import annotations
 
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    from pydoc_data.topics import topics
+except ImportError:  # some distributions leave it out
+    topics = {}
 
 # Left out: what Linux distributions ship as separate packages, so that the corpus depends on the
 # version of Python and not on who built it.
@@ -35,14 +41,6 @@ def docstrings(source: bytes) -> str:
     return "\n\n".join(text for node in nodes if (text := ast.get_docstring(node)))
 
 
-def help_topics(source: bytes) -> list[str]:
-    """The texts of pydoc's `topics` dictionary, in the order of the file."""
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
-            return list(ast.literal_eval(node.value).values())
-    return []
-
-
 def drop_seen_paragraphs(text: str, seen: set[str]) -> str:
     """`text` without the paragraphs in `seen`, to which it adds its own.
 
@@ -60,17 +58,20 @@ def drop_seen_paragraphs(text: str, seen: set[str]) -> str:
 
 def library_texts(library: Path) -> Iterator[str]:
     """The help topics, then each module's docstrings, in an order that never changes."""
-    topics = library / "pydoc_data" / "topics.py"
-    if topics.is_file():
-        yield from help_topics(topics.read_bytes())
+    yield from topics.values()
     for module in library_modules(library):
         yield docstrings((library / module).read_bytes())
 
 
-def python_docs() -> Iterator[str]:
+class PythonDocs:
     """The documents; which and in what order depends on the version of Python alone."""
-    seen: set[str] = set()
-    for text in library_texts(Path(sysconfig.get_path("stdlib"))):
-        document = drop_seen_paragraphs(text, seen)
-        if len(document) >= MIN_DOCUMENT_CHARS:
-            yield document
+
+    def __iter__(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for text in library_texts(Path(sysconfig.get_path("stdlib"))):
+            document = drop_seen_paragraphs(text, seen)
+            if len(document) >= MIN_DOCUMENT_CHARS:
+                yield document
+
+    def identity(self) -> list[str]:
+        return ["python-docs", sys.version]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from data.command import note
 from train_gpt import (
     SHARD_HEADER_WORDS,
     SHARD_MAGIC,
@@ -20,6 +23,7 @@ from train_gpt import (
     TokenBytes,
     UserError,
     open_data_shard,
+    require,
 )
 
 COUNT_TOKENS = 1 << 20  # tokens looked at together when a whole split is counted
@@ -62,63 +66,84 @@ class ShardWriter:
         self.file = None
 
 
-def shard_text_bytes(paths: Sequence[Path], index: int, table: TokenBytes) -> int:
-    """The bytes that val_bpb divides by when it scores shard `index` of a split's `paths`.
+def split_bytes(paths: Sequence[Path], table: TokenBytes) -> Iterator[tuple[int, int]]:
+    """The tokens of a split block by block: how many, and the bytes that val_bpb divides by.
 
-    The first token of all is not scored; those that open later shards follow the shard before.
+    The very first token is not scored.
     """
-    tokens, total = open_data_shard(paths[index]), 0
-    previous = open_data_shard(paths[index - 1])[-1:] if index else tokens[:0]
-    for start in range(0, len(tokens), COUNT_TOKENS):
-        block = tokens[start : start + COUNT_TOKENS]
-        ids = torch.from_numpy(np.concatenate([previous, block]).astype(np.int64))
-        total += int(table.of(ids[:-1], ids[1:]).sum())
-        previous = block[-1:]
-    return total
+    previous = np.zeros(0, dtype=np.uint16)
+    for path in paths:
+        tokens = open_data_shard(path)
+        for start in range(0, len(tokens), COUNT_TOKENS):
+            block = tokens[start : start + COUNT_TOKENS]
+            ids = torch.from_numpy(np.concatenate([previous, block]).astype(np.int64))
+            yield len(block), int(table.of(ids[:-1], ids[1:]).sum())
+            previous = block[-1:]
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content`, under a temporary name until it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+def describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place once the block has ended well.
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `output`, through links, once the block has ended well.
 
-    Whatever stood at `target` is gone then. If the block fails, `target` is as before and the new
-    folder is removed.
+    Whatever stood there is gone then. If the block fails, `output` is as before and the new folder
+    is removed. Raises UserError at once if the place cannot be taken.
     """
+    target = Path(os.path.realpath(output))
+    require(
+        target.exists() or not output.is_symlink(),
+        f"--output {output} is a link to {target}, which does not exist: make that folder, or "
+        "choose another",
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        leftovers = sorted(target.parent.glob(f".{target.name}.*-*"))
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        leftovers = sorted(target.parent.glob(f".{target.name}.partial-*"))
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
         raise UserError(
-            f"--output {target}: its folder cannot be written ({error.strerror}): choose another"
+            f"--output {output}: its folder cannot be written ({error.strerror}): choose another"
         ) from None
     for leftover in leftovers:
-        print(f"note: {leftover} is left from a run that was killed; remove it if none is at work")
+        note(f"note: {leftover} is left from a run that was killed; remove it if none is at work")
     try:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp makes folders that nobody else can read
-        put_in_place(staging, target)
+        folder = aside / "new"
+        folder.mkdir()
+        if target.exists():
+            check_movable(target, aside, output)
+        yield folder
+        put_in_place(folder, target, aside / "replaced")
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def put_in_place(staging: Path, target: Path) -> None:
-    """Renames `staging` to `target`; what stood there is removed only after that."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+def check_movable(target: Path, full_folder: Path, output: Path) -> None:
+    """Raises UserError if `target` could not be replaced, as a mount point cannot.
+
+    To rename it to a folder that is not empty fails in any case: the reason tells.
+    """
     try:
-        target.rename(aside / target.name)
-        staging.rename(target)
+        target.rename(full_folder)
+    except OSError as error:
+        require(
+            error.errno in (errno.ENOTEMPTY, errno.EEXIST),
+            f"--output {output} cannot be replaced ({error.strerror}; a mount point?): choose a "
+            "folder below it",
+        )
+
+
+def put_in_place(folder: Path, target: Path, replaced: Path) -> None:
+    """Renames `folder` to `target`; what stood there moves to `replaced`, or back on a failure."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    try:
+        target.rename(replaced)
+        folder.rename(target)
     finally:
         if not target.exists():
-            (aside / target.name).rename(target)
-        shutil.rmtree(aside)
+            replaced.rename(target)

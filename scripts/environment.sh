@@ -1,36 +1,45 @@
-# Sourced by the other scripts: makes or reuses .venv in the repository's root and activates it.
-# PYTHON names the interpreter to make it with; a finished .venv is installed again only when
-# what it must hold changes.
+# Sourced by the other scripts: functions that make .venv and read files of settings.
 
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+fail() { echo "error: $*" >&2; exit 2; }
 
-find_python() {
-  local candidate
-  for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  echo "error: no Python 3.11, 3.12 or 3.13 found: install one, or set PYTHON to its path" >&2
-  return 1
+# use_venv: makes or reuses .venv in the current folder and activates it. PYTHON names the
+# interpreter to make it with.
+use_venv() {
+  if [ ! -f .venv/complete ]; then
+    local candidate found=""
+    for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
+      "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+        2>/dev/null && found=$candidate && break
+    done
+    [ -n "$found" ] || fail "no Python 3.11 to 3.13 found: install one, or set PYTHON to its path"
+    echo "making .venv with $("$found" --version)"
+    "$found" -m venv --clear .venv
+    touch .venv/complete
+  fi
+  source .venv/bin/activate
 }
 
-if [ ! -f .venv/complete ]; then
-  python_found=$(find_python)
-  echo "making .venv with $("$python_found" --version)"
-  "$python_found" -m venv --clear .venv
-  touch .venv/complete
-fi
-source .venv/bin/activate
-
-# install FILE: sees to it that what requirements file FILE lists is in .venv.
+# install FILE: installs what requirements file FILE lists, unless that is in .venv already.
 install() {
-  local stamp=".venv/installed-$(echo "$1" | tr / -)"
+  local stamp=.venv/installed-${1//\//-}
   if ! cmp -s "$1" "$stamp"; then
     echo "installing $1 into .venv"
     python -m pip install --quiet --disable-pip-version-check -r "$1"
     cp "$1" "$stamp"
   fi
+}
+
+# read_env FILE: exports the variables of its KEY=value lines that are not set yet. Line ends may
+# be LF or CRLF; quotes around a value are dropped.
+read_env() {
+  [ -f "$1" ] || fail "$1 is missing: name a file of KEY=value lines"
+  local line name value
+  while IFS= read -r line || [ -n "$line" ]; do
+    line=${line%$'\r'}
+    line=${line#export }
+    [[ $line =~ ^[A-Z][A-Z0-9_]*= ]] || continue
+    name=${line%%=*} value=${line#*=}
+    value=${value#[\"\']} value=${value%[\"\']}
+    [ -n "${!name+set}" ] || export "$name=$value"
+  done <"$1"
 }

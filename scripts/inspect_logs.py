@@ -1,118 +1,475 @@
-"""Prints what the logs of one or more seeds say: steps, times, scores, bytes, mean and deviation.
+"""Prints what the logs of train_gpt.py say: a table over seeds, and a comparison with a base.
 
     python scripts/inspect_logs.py logs/seeds/train_seed*.log
     python scripts/inspect_logs.py NEW/*.log --against OLD/*.log
     python scripts/inspect_logs.py NEW/*.log --against-figure 1.1163,0.0013,3
+    python scripts/inspect_logs.py logs/RUN.txt --baselines
 
-Differences are ours minus the base: lower is better. Reads logs of train_gpt.py and, as far as
-they go, logs in the field's older format; a cut or damaged log is read up to there, and what is
-missing is said.
+Differences are ours minus the base's, so lower is better. --baselines adds what lzma and a unigram
+model make of the same validation text; it reads the data that the log names.
+
+A line of a log is an optional event word and then key:value pairs, with one space between. Values
+are percent-encoded, so they hold no white space. val_loss is in nats per token, val_bpb in bits
+per byte; train_time is the clock of training, without warm-up and validation.
+
+    run, code, versions, device     what ran, when and on what
+    config name: value: source:     one setting; its source is default, env or flag
+    data split: tokens: fingerprint:   the shards of one split
+    model                           the number of parameters, and the kernels
+    phase name: seconds:            the time since the phase before it ended
+    progressive_passes step: num_passes:   how often the core is applied in the steps after `step`
+    step:N/M train_loss: train_bpb: train_time: ...   a training step; it has no event word
+    swa, late_qat                   the step after which weight averaging, or QAT, begins
+    validation step:                a score during training
+    checkpoint, resume              the step at which a run was saved, or went on
+    stop step: train_time:          the end of training; interrupted:1 if a signal ended it
+    pre_quant_exact                 the score of the averaged weights
+    artifact code_bytes: model_bytes: total_bytes:   what counts against 16,000,000
+    final_int6_roundtrip_exact      the score of the reloaded artifact, windows side by side
+    final_int6_sliding_window_exact the same with sliding windows
+    ttt_chunk, legal_ttt_exact      the same with test-time training: on the way, and at the end
+    warning text:, failed text:     what the run said in words
+
+Logs in the field's older format are read as far as they go. A log may be cut or damaged: what is
+missing, and what was not used, follows the table. What a killed run had done after its checkpoint
+was done again by the run that resumed it, and counts once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
+import math
+import os
+import re
+import signal
+import statistics
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-from run_log import LIMIT_BYTES, LogError, Run, read_runs
-from seed_stats import Base, Comparison, Spread, StatsError, base_of_runs, compare, spread
+LIMIT_BYTES = 16_000_000  # of code and compressed model together; decimal
+MAX_LOG_BYTES = 256 << 20
 
+# The evaluations in the order in which a run makes them; the last one is the run's score.
+SCORES = {
+    "pre_quant": "pre_quant_exact",
+    "quantized": "final_int6_roundtrip_exact",
+    "sliding": "final_int6_sliding_window_exact",
+    "ttt": "legal_ttt_exact",
+}
+SIZES = ("code_bytes", "model_bytes", "total_bytes")
+# Settings in which the runs of one configuration may differ.
+PER_RUN = {"run_id", "seed", "output_dir", "resume", "checkpoint_seconds", "on_signal"}
 
-class Quantity(NamedTuple):
-    """A row of the table: `key` in JSON, `label` in print, what to read and how to print it."""
-
-    key: str
-    label: str
-    of: Callable[[Run], float | None]
-    decimals: int
-
-
-def quantities(runs: Sequence[Run]) -> list[Quantity]:
-    """All rows for these runs; one of step time for each number of passes that any run has."""
-
-    def bpb(name: str) -> Callable[[Run], float | None]:
-        return lambda run: run.scores[name].val_bpb if name in run.scores else None
-
-    def step_ms(passes: int) -> Callable[[Run], float | None]:
-        return lambda run: run.step_ms_by_passes().get(passes)
-
-    def phase(name: str) -> Callable[[Run], float | None]:
-        return lambda run: run.phase_seconds.get(name)
-
-    def size(name: str) -> Callable[[Run], float | None]:
-        return lambda run: run.bytes.get(name)
-
-    def margin(run: Run) -> float | None:
-        return LIMIT_BYTES - run.bytes["total_bytes"] if "total_bytes" in run.bytes else None
-
-    def loss(run: Run) -> float | None:
-        return run.scores[run.final].val_loss if run.final else None
-
-    passes = sorted({p for run in runs for _, p in run.growth})
-    return [
-        Quantity("steps", "steps", lambda run: run.steps, 0),
-        Quantity("step_avg_ms", "step_avg, ms", lambda run: run.step_avg_ms, 2),
-        *(
-            Quantity(
-                f"step_ms_{p}_passes", f"step with {p} pass{'es'[: 2 * (p > 1)]}, ms", step_ms(p), 2
-            )
-            for p in passes
-        ),
-        Quantity("pre_quant_val_bpb", "bpb before quantization", bpb("pre_quant"), 5),
-        Quantity("quantized_val_bpb", "bpb quantized, plain", bpb("quantized"), 5),
-        Quantity("sliding_val_bpb", "bpb quantized, sliding", bpb("sliding"), 5),
-        Quantity("ttt_val_bpb", "bpb quantized, TTT", bpb("ttt"), 5),
-        Quantity("ttt_gain_bpb", "TTT minus sliding, bpb", lambda run: run.ttt_gain, 5),
-        Quantity("val_loss", "final val_loss, nats/token", loss, 5),
-        Quantity("warm_up_seconds", "warm-up, s", phase("warm_up"), 1),
-        Quantity("train_seconds", "training, s", lambda run: run.train_seconds, 1),
-        Quantity("export_seconds", "export, s", phase("export"), 1),
-        Quantity("eval_seconds", "evaluation, s", lambda run: run.eval_seconds, 1),
-        Quantity("bytes_code", "code, bytes", size("code_bytes"), 0),
-        Quantity("bytes_model", "model, bytes", size("model_bytes"), 0),
-        Quantity("bytes_total", "total, bytes", size("total_bytes"), 0),
-        Quantity("bytes_margin", f"left of {LIMIT_BYTES:,}", margin, 0),
-    ]
+# Lines of the field's older format, and the same in today's grammar.
+REWRITES = tuple(
+    (re.compile(pattern), line)
+    for pattern, line in (
+        (r"^progressive_passes: ", "progressive_passes "),
+        (r"^swa:start ", "swa "),
+        (r"^late_qat:enabled ", "late_qat "),
+        (r"^stopping_early: \w+ ", "stop "),
+        (r"^DIAGNOSTIC post_ema ", "pre_quant_exact "),
+        (r"^legal_ttt (?=.*eval_time:(\d+)ms)", r"phase name:evaluation milliseconds:\1 "),
+        (r"^seed:(\d+)$", r"config name:seed value:\1 source:log"),
+        (r"^world_size:(\d+) grad_accum_steps:\d+$", r"device world_size:\1"),
+        (r"^\s*ttt_chunk \[(\S+)\] bpb=(\S+) time=", r"ttt_chunk chunk:\1 val_bpb:\2 time:"),
+        (r"^Code size: (\d+) bytes$", r"artifact code_bytes:\1"),
+        (r"^Serialized model int\S+: (\d+) bytes$", r"artifact model_bytes:\1"),
+        (r"^Total submission size int\S+: (\d+) bytes$", r"artifact total_bytes:\1"),
+    )
+)
+PAIR = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):(\S+)")
+NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(ms|s)?")
 
 
-def number(value: float | None, decimals: int) -> str:
-    return "-" if value is None else f"{value:,.{decimals}f}"
+class LogError(ValueError):
+    """A log that cannot be read or compared; the text names it and the remedy."""
+
+
+class Event(NamedTuple):
+    """A line: its event word (empty for training steps) and its decoded pairs."""
+
+    name: str
+    pairs: dict[str, str]
+
+    def number(self, key: str) -> Any:
+        """The finite number at `key` without its unit, int or float; None without one."""
+        return parse_number(self.pairs.get(key, ""))
+
+    def numbers(self, key: str) -> list[float]:
+        """The numbers of a comma-separated sequence; empty unless all can be read."""
+        values = [parse_number(part) for part in self.pairs.get(key, "").split(",")]
+        return [] if None in values else values
+
+    @property
+    def step(self) -> int | None:
+        """The step of `step:10/40` or `step:10`."""
+        head = self.pairs.get("step", "").split("/")[0]
+        return int(head) if re.fullmatch(r"[0-9]{1,18}", head) else None
+
+
+def parse_number(text: str) -> Any:
+    """The number of a text such as 12, 1e-05 or 40ms; None if it is none, or beyond all sense."""
+    match = NUMBER.fullmatch(text) if len(text) < 40 else None
+    value = float(match[1]) if match else math.inf
+    if match is None or abs(value) >= 1e18:
+        return None
+    return int(match[1]) if re.fullmatch("-?[0-9]+", match[1]) else value
+
+
+def parse_line(line: str) -> Event | None:
+    """The event of a line without its line break, or None if it does not follow the grammar."""
+    for pattern, replacement in REWRITES:
+        line, count = pattern.subn(replacement, line, count=1)
+        if count:
+            break
+    words = line.split(" ")
+    name = words.pop(0) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", words[0]) else ""
+    matches = [PAIR.fullmatch(word) for word in words]
+    if not matches or None in matches:
+        return None
+    pairs = {match[1]: unquote(match[2]) for match in matches if match}
+    return Event(name, pairs) if len(pairs) == len(words) else None
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+class Score(NamedTuple):
+    """An evaluation of the validation text. What a log does not say is None."""
+
+    val_loss: float  # nats per token
+    val_bpb: float
+    tokens: int | None
+    bytes: int | None
+
+
+class StepLine(NamedTuple):
+    """A line of a training step; `seconds` is the clock of training after it."""
+
+    step: int
+    seconds: float
+    event: Event
+
+
+@dataclass
+class Run:
+    """What a log says. A quantity is None, or its key is absent, if the log does not have it."""
+
+    path: Path
+    events: list[Event] = field(repr=False)
+    older_format: bool
+    problems: list[str]  # what cannot be trusted, in words
+    missing: list[str] = field(default_factory=list)
+    config: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)  # seconds
+    # (step, passes): in the steps after `step` the core is applied `passes` times.
+    growth: list[tuple[int, int]] = field(default_factory=list)
+    step_lines: list[StepLine] = field(default_factory=list, repr=False)
+    seed: int | None = None
+    steps: int | None = None
+    train_seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        return str(self.seed) if self.seed is not None else self.path.stem
+
+    def all(self, name: str) -> list[Event]:
+        return [event for event in self.events if event.name == name]
+
+    def last(self, name: str) -> Event:
+        """The last event of this name; one without pairs if there is none."""
+        return next((e for e in reversed(self.events) if e.name == name), Event(name, {}))
+
+    def expected_scores(self) -> list[str]:
+        """The evaluations of a run with these settings, in order."""
+        skipped = {"sliding": "sliding_eval", "ttt": "ttt_enabled"}
+        return [name for name in SCORES if self.config.get(skipped.get(name, "")) != "False"]
+
+    @property
+    def final(self) -> str | None:
+        """The key in `scores` of the run's score: its last evaluation, if that is logged."""
+        last = self.expected_scores()[-1]
+        return last if last in self.scores else None
+
+    def passes_in(self, step: int | None) -> int | None:
+        """How often the core was applied in step `step`, counted from 1."""
+        before = [passes for start, passes in self.growth if step is not None and start < step]
+        return before[-1] if before else None
+
+    def passes_scored(self) -> int | None:
+        """Passes of the last evaluation, by its line or else by the settings."""
+        logged = self.last(SCORES[self.final or "ttt"]).pairs.get("passes")
+        planned = self.config.get("passes_schedule", "").rpartition(":")[2]
+        found = (logged, self.config.get("eval_passes"), self.config.get("num_passes"), planned)
+        return next((int(t) for t in found if t and re.fullmatch("[0-9]{1,9}", t)), None)
+
+    def intervals(self) -> Iterator[tuple[StepLine, StepLine]]:
+        """Neighbouring lines of steps between which both step and clock advance."""
+        lines = [line for line in self.step_lines if "train_loss" in line.event.pairs]
+        for before, after in pairwise(lines):
+            if after.step > before.step and after.seconds > before.seconds:
+                yield before, after
+
+    def step_ms(self) -> dict[int, float]:
+        """Mean milliseconds of a step with 1, 2, ... passes.
+
+        It is taken from pairs of lines between which no pass is added. The logged step_avg is the
+        mean since the start, which mixes the passes.
+        """
+        sums: dict[int, tuple[float, int]] = {}
+        for before, after in self.intervals():
+            passes = self.passes_in(after.step)
+            if passes is not None and passes == self.passes_in(before.step + 1):
+                seconds, steps = sums.get(passes, (0.0, 0))
+                steps += after.step - before.step
+                sums[passes] = seconds + after.seconds - before.seconds, steps
+        return {passes: 1000 * seconds / steps for passes, (seconds, steps) in sorted(sums.items())}
+
+
+def read_run(path: Path) -> Run:
+    """The run whose log is at `path`. Raises LogError if there is no file to read."""
+    try:
+        if path.stat().st_size > MAX_LOG_BYTES:
+            raise LogError(f"{path} has more than {MAX_LOG_BYTES} bytes: it is no log of a run")
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise LogError(f"{path} cannot be read ({error.strerror}): check the name") from None
+    return build_run(path, text)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of several logs, by seed."""
+    runs = [read_run(path) for path in paths]
+    return sorted(runs, key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
+
+
+def build_run(path: Path, text: str) -> Run:
+    """Never fails on the content: what could not be used is in `Run.problems`."""
+    *lines, cut = text.split("\n")
+    parsed = [parse_line(line.rstrip("\r")) for line in lines]
+    events = [event for event in parsed if event is not None]
+    older, problems = not any(event.name == "run" for event in events), []
+    for number, (line, event) in enumerate(zip(lines, parsed, strict=True), 1):
+        # An older log has its source and free text between the lines, and the last line of a
+        # killed run, which the run line of another follows, may be cut.
+        killed = number < len(parsed) and parsed[number] and parsed[number].name == "run"
+        if event is None and line.strip() and not older and not killed:
+            problems.append(f"line {number} is damaged and was not used: {line[:60]!r}")
+    if cut:
+        problems.append(f"line {len(lines) + 1} is cut off and was not used: {cut[:60]!r}")
+    events = join_resumed(events, problems)
+    if sum(event.name == "run" for event in events) > 1:
+        problems.append("several runs wrote into this log: its numbers mix them")
+    run = Run(path, events, older, problems)
+    collect(run)
+    run.missing = list(find_missing(run))
+    return run
+
+
+def collect(run: Run) -> None:
+    """Fills the fields of `run` from its events."""
+    for event in run.events:
+        pairs, step, seconds = event.pairs, event.step, event.number("seconds")
+        if event.name == "config" and {"name", "value"} <= pairs.keys():
+            run.config[pairs["name"]] = pairs["value"]
+        elif event.name == "phase" and seconds is not None:
+            run.phases[pairs.get("name", "")] = seconds
+        elif event.name == "phase" and event.number("milliseconds") is not None:
+            run.phases[pairs.get("name", "")] = event.number("milliseconds") / 1000
+        elif event.name == "artifact":
+            found = {key: event.number(key) for key in SIZES}
+            run.bytes |= {key: size for key, size in found.items() if size is not None}
+        elif event.name == "progressive_passes" and None not in (step, event.number("num_passes")):
+            run.growth.append((step, event.number("num_passes")))
+        elif event.name == "" and None not in (step, event.number("train_time")):
+            run.step_lines.append(StepLine(step, event.number("train_time") / 1000, event))
+    for name, word in SCORES.items():
+        event = run.last(word)
+        score = Score(*(event.number(key) for key in ("val_loss", "val_bpb", "tokens", "bytes")))
+        if None not in score[:2]:
+            run.scores[name] = score
+    if any(after.step < before.step for before, after in pairwise(run.step_lines)):
+        run.problems.append("its steps are not in order")
+    run.step_lines.sort(key=lambda line: line[:2])
+    run.growth.sort()
+    seed, stop = run.config.get("seed", ""), run.last("stop")
+    run.seed = int(seed) if re.fullmatch("[0-9]{1,18}", seed) else None
+    run.steps = max((line.step for line in run.step_lines), default=None)
+    run.train_seconds = max((line.seconds for line in run.step_lines), default=None)
+    if stop.step is not None and stop.number("train_time") is not None:
+        run.steps, run.train_seconds = stop.step, stop.number("train_time") / 1000
+
+
+def find_missing(run: Run) -> Iterator[str]:
+    """What a complete log has and this one does not, in the log's order."""
+    for name in () if run.older_format else ("run", "code", "versions", "device", "config"):
+        if not run.all(name):
+            yield f"the {name} line"
+    if run.seed is None:
+        yield "the seed"
+    if not run.growth:
+        yield "the number of passes (progressive_passes)"
+    if not any("train_loss" in line.event.pairs for line in run.step_lines):
+        yield "lines of training steps"
+    if run.last("stop").step is None:
+        yield "the end of training (stop)"
+    yield from (
+        f"the {s} score ({SCORES[s]})" for s in run.expected_scores() if s not in run.scores
+    )
+    yield from (f"{name} (artifact)" for name in SIZES if name not in run.bytes)
+    for name in () if run.older_format else ("training", "export", "evaluation"):
+        if name not in run.phases:
+            yield f"the seconds of {name} (phase)"
+
+
+# ------------------------------------------------------------------------------- resumed runs
+
+BEGINNINGS = ("progressive_passes", "swa", "late_qat")  # they tell of the steps after theirs
+TRAINING = ("", "validation", "checkpoint", "resume", *BEGINNINGS)
+
+
+def configuration(events: Sequence[Event]) -> dict[str, str]:
+    """What the runs of one configuration share, by a name to call it: script, data, settings."""
+    found = {}
+    for name, pairs in events:
+        text = " ".join(f"{key}:{value}" for key, value in pairs.items() if key != "split")
+        if name == "code":
+            found["script"] = pairs.get("sha256", "?")
+        elif name == "data":
+            found[f"{pairs.get('split')} data"] = text
+        elif name in ("versions", "device", "model"):
+            found[name] = text
+        elif name == "config" and pairs.get("name") not in PER_RUN:
+            found[pairs.get("name", "?")] = pairs.get("value", "?")
+    return found
+
+
+def differences(one: Sequence[Event], two: Sequence[Event]) -> list[str]:
+    """In what two runs are not of one configuration, with both values."""
+    a, b = configuration(one), configuration(two)
+    names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return [f"{name} ({a.get(name)}, {b.get(name)})" for name in names]
+
+
+def join_resumed(events: list[Event], problems: list[str]) -> list[Event]:
+    """The events without what resumed runs did again; what they did not share is a problem.
+
+    Of what was there before, a resumed run takes over what belongs to the steps up to its
+    checkpoint. All else (its settings, the end of training, scores) it writes itself.
+    """
+    starts = [i for i, event in enumerate(events) if event.name == "run"][1:]
+    kept: list[Event] = []
+    for start, end in pairwise([0, *starts, len(events)]):
+        part = events[start:end]
+        settings = [event.pairs for event in part if event.name == "config"]
+        resumes = any((s.get("name"), s.get("value")) == ("resume", "True") for s in settings)
+        if start and resumes:
+            if not any(event.name in TRAINING for event in part):
+                continue  # it ended before it had trained
+            problems += [f"it was resumed with another {t}" for t in differences(kept, part)]
+            checkpoint = next((event.step or 0 for event in part if event.name == "resume"), 0)
+            kept = [event for event in kept if was_kept(event, checkpoint)]
+        kept += part
+    return kept
+
+
+def was_kept(event: Event, checkpoint: int) -> bool:
+    """Whether `event` tells of what was done before the checkpoint after so many steps."""
+    if event.name == "warning":
+        return True
+    if event.step is None or event.name not in TRAINING:
+        return False
+    begins = event.name in BEGINNINGS
+    return event.step < checkpoint or (event.step == checkpoint and not begins)
+
+
+# -------------------------------------------------------------------------- the table over seeds
+
+
+def figures(run: Run) -> dict[str, float]:
+    """The numbers of a run, the table's rows in their order, as far as the log has them."""
+    sizes = {key.removesuffix("_bytes"): size for key, size in run.bytes.items()}
+    found: dict[str, float | None] = {
+        "steps": run.steps,
+        "step_avg_ms": 1000 * run.train_seconds / run.steps if run.steps else None,
+        **{f"step_ms_{passes}_passes": ms for passes, ms in run.step_ms().items()},
+        "passes_trained": run.passes_in(run.steps),
+        "passes_scored": run.passes_scored(),
+        **{f"{name}_val_bpb": score.val_bpb for name, score in run.scores.items()},
+        "ttt_gain_bpb": ttt_gain(run),
+        "val_loss": run.scores[run.final].val_loss if run.final else None,
+        "warm_up_seconds": run.phases.get("warm_up"),
+        "train_seconds": run.train_seconds,
+        "export_seconds": run.phases.get("export"),
+        "eval_seconds": run.phases.get("evaluation"),
+        **{f"bytes_{name}": size for name, size in sizes.items()},
+        "bytes_left": LIMIT_BYTES - sizes["total"] if "total" in sizes else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def ttt_gain(run: Run) -> float | None:
+    """bpb with test-time training minus bpb of the same sliding windows without it."""
+    both = {"ttt", "sliding"} <= run.scores.keys()
+    return run.scores["ttt"].val_bpb - run.scores["sliding"].val_bpb if both else None
+
+
+def decimals(key: str) -> int:
+    """How many decimals of the number called `key` are printed."""
+    places = {"bpb": 5, "loss": 5, "ms": 2, "seconds": 1}
+    return next((places[word] for word in key.split("_") if word in places), 0)
+
+
+class Spread(NamedTuple):
+    """The mean of n values and their sample standard deviation (n - 1); None for one value."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, len(values))
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Spread]:
-    """The spread of each quantity that every run has."""
-    columns = {q.key: [q.of(run) for run in runs] for q in quantities(runs)}
-    return {
-        key: spread([v for v in values if v is not None])
-        for key, values in columns.items()
-        if values and None not in values
-    }
+    """The spread of each number that every run has."""
+    found = [figures(run) for run in runs]
+    shared = [key for key in found[0] if all(key in values for values in found)]
+    return {key: spread([values[key] for values in found]) for key in shared}
 
 
-def table_rows(runs: Sequence[Run], keys: Container[str] | None = None) -> list[list[str]]:
-    """A row for each quantity (in `keys`, if given): label, value of each run, mean, deviation."""
-    spreads = summarize(runs)
-    rows = [["seed", *(run.label for run in runs), "mean", "std"]]
-    for q in quantities(runs):
-        if keys is None or q.key in keys:
-            mean, std, _ = spreads.get(q.key, (None, None, 0))
-            values = [number(q.of(run), q.decimals) for run in runs]
-            of_all = [number(mean, q.decimals or 1), number(std, q.decimals or 1)]
-            rows.append([q.label, *values, *of_all])
+def table_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The seeds, then a row for each number; of several runs, mean and deviation last."""
+    found, spreads, several = [figures(run) for run in runs], summarize(runs), len(runs) > 1
+    rows = [["seed", *(run.label for run in runs), *["mean", "std"] * several]]
+    for key in dict.fromkeys(k for values in sorted(found, key=len)[::-1] for k in values):
+        mean, std, _ = spreads.get(key, (None, None, 0))
+        row = [number(values.get(key), decimals(key)) for values in found]
+        row += [number(value, decimals(key) or 1) for value in (mean, std) if several]
+        rows.append([key.replace("_", " "), *row])
     return rows
 
 
+def number(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:,.{places}f}"
+
+
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([row[0].ljust(len(first)), *rest]))
-    return "\n".join(lines)
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -120,38 +477,145 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([header, "|--" + "|--:" * (len(rows[0]) - 1) + "|", *body])
 
 
-def comparison_text(c: Comparison) -> str:
-    base = f"{c.base_bpb.mean:.5f}" + (f" ± {c.base_bpb.std:.5f}" if c.base_bpb.std else "")
-    nats = f"{c.nats:+.5f} nats per token" if c.nats is not None else "nats unknown"
-    lines = [f"against {c.base} ({base} bpb, n={c.base_bpb.n}): {c.bpb:+.5f} bpb, {nats}"]
-    if c.t is None or c.p is None or c.p_lower is None:
-        lines.append(f"  test: {c.test}")
+# ------------------------------------------------------------------------ comparison with a base
+
+
+class Base(NamedTuple):
+    """What runs are compared with: the bpb of logs, or only a figure that someone published."""
+
+    name: str
+    bpb: Spread
+    tokens: int | None = None  # of its validation text; None if not known
+    bytes: int | None = None
+
+
+def final_scores(runs: Sequence[Run]) -> list[Score]:
+    """Every run's score, of one kind and on one text. Raises LogError if they are not."""
+    unfinished = [str(run.path) for run in runs if run.final is None]
+    if unfinished:
+        raise LogError(f"no final score in {', '.join(unfinished)}: finish or leave out the run")
+    kinds = sorted({str(run.final) for run in runs})
+    if len(kinds) > 1:
+        raise LogError(f"the logs end with different evaluations ({', '.join(kinds)}): no mean")
+    scores = [run.scores[kinds[0]] for run in runs]
+    if len({(score.tokens, score.bytes) for score in scores}) > 1:
+        raise LogError("the logs were scored on different validation texts: no mean")
+    return scores
+
+
+def base_of_runs(name: str, runs: Sequence[Run]) -> Base:
+    scores = final_scores(runs)
+    return Base(name, spread([s.val_bpb for s in scores]), scores[0].tokens, scores[0].bytes)
+
+
+def compare(runs: Sequence[Run], base: Base) -> dict[str, Any]:
+    """The runs' final score minus the base's, and the test that applies. Raises LogError."""
+    scores = final_scores(runs)
+    tokens, text_bytes = scores[0].tokens, scores[0].bytes
+    bpb = [score.val_bpb for score in scores]
+    difference = statistics.fmean(bpb) - base.bpb.mean
+    nats = difference * math.log(2) * text_bytes / tokens if tokens and text_bytes else None
+    if base.bytes is None:
+        note = "the text that the base was measured on is not known to this script"
+    elif (base.tokens, base.bytes) != (tokens, text_bytes):
+        note = f"{base.name} was measured on another text: the difference means nothing"
     else:
-        lines.append(
-            f"  {c.test}: t = {c.t:.3f}, p = {c.p:.3g} (two-sided), "
-            f"p = {c.p_lower:.3g} (one-sided, lower)"
-        )
-    return "\n".join([*lines, f"  {c.note}"])
+        note = "same validation text"
+    test, t, p, p_lower = t_test(bpb, base.bpb)
+    result = {"base": base._asdict() | {"bpb": base.bpb._asdict()}, "val_bpb": difference}
+    result |= {"nats_per_token": nats, "test": test, "t": t, "p": p, "p_lower": p_lower}
+    return result | {"note": note}
 
 
-def as_json(runs: Sequence[Run], comparison: Comparison | None) -> dict[str, Any]:
-    def of(run: Run) -> dict[str, Any]:
-        values = {q.key: q.of(run) for q in quantities(runs)}
-        state = {"missing": run.missing, "problems": run.problems}
-        return {"log": str(run.path), "seed": run.seed, "final": run.final, **values, **state}
+def t_test(ours: Sequence[float], base: Spread) -> tuple[str, Any, Any, Any]:
+    """The test that applies, its t, its two-sided p, and its p that ours is lower."""
+    if len(ours) < 2:
+        return "none: one seed has no deviation", None, None, None
+    if base.std is None and base.n > 1:
+        return "none: the base's deviation is not known", None, None, None
+    if not spread(ours).std and not base.std:
+        return "none: no value deviates from its mean", None, None, None
+    try:
+        from scipy import stats
+    except ImportError:
+        raise LogError("a comparison needs scipy: pip install scipy") from None
+    if base.std is None:
+        name = "one-sample t-test, the base taken as exact (its own deviation is not known)"
+        both = stats.ttest_1samp(ours, base.mean)
+        lower = stats.ttest_1samp(ours, base.mean, alternative="less")
+    else:
+        name, moments = "Welch's t-test", (*spread(ours), *base)
+        both = stats.ttest_ind_from_stats(*moments, equal_var=False)
+        lower = stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="less")
+    return name, float(both.statistic), float(both.pvalue), float(lower.pvalue)
 
+
+def comparison_text(c: Mapping[str, Any]) -> str:
+    """What `compare` found, in three lines."""
+    base, nats, test = c["base"]["bpb"], "nats unknown", c["test"]
+    std = f" ± {base['std']:.5f}" if base["std"] else ""
+    if c["nats_per_token"] is not None:
+        nats = f"{c['nats_per_token']:+.5f} nats per token"
+    if c["t"] is not None:
+        test += f": t = {c['t']:.3f}, p = {c['p']:.3g} (two-sided), {c['p_lower']:.3g} (lower)"
+    return (
+        f"against {c['base']['name']} ({base['mean']:.5f}{std} bpb, n={base['n']}): "
+        f"{c['val_bpb']:+.5f} bpb, {nats}\n  {test}\n  {c['note']}"
+    )
+
+
+# ----------------------------------------------------------------------------------- baselines
+
+
+def baselines(run: Run) -> dict[str, float]:
+    """Bits per byte of the run's validation text by lzma, and by a unigram model of its tokens.
+
+    The unigram model has the training tokens' frequencies, each count plus one. Raises LogError
+    if the data that the log names cannot be read.
+    """
+    try:
+        import numpy as np
+        import sentencepiece
+
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        tokenizer.Load(run.config["tokenizer_path"])
+        train, val = (read_tokens(Path(run.config["data_path"]), s) for s in ("train", "val"))
+        counts = np.bincount(train, minlength=tokenizer.vocab_size()) + 1.0
+        bits = float(-np.log2(counts / counts.sum())[val[1:]].sum())
+        text = tokenizer.Decode([i for i in val.tolist() if not tokenizer.IsControl(i)]).encode()
+    except ImportError as error:
+        raise LogError(f"--baselines needs {error.name}: pip install {error.name}") from None
+    except (KeyError, OSError, ValueError, IndexError, RuntimeError) as error:
+        raise LogError(f"--baselines: cannot read the data of {run.path} ({error})") from None
+    scored = next((score.bytes for score in run.scores.values() if score.bytes), len(text))
+    return {"lzma": 8 * len(lzma.compress(text, preset=9)) / len(text), "unigrams": bits / scored}
+
+
+def read_tokens(folder: Path, split: str) -> Any:
+    """All tokens of a split: a shard is a header of 1,024 bytes, then little-endian uint16."""
+    import numpy as np
+
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    return np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in paths])
+
+
+# ------------------------------------------------------------------------------------- command
+
+
+def as_json(runs: Sequence[Run], comparison: Mapping[str, Any] | None) -> dict[str, Any]:
+    described = []
+    for run in runs:
+        facts = {"log": str(run.path), "seed": run.seed, "final": run.final, **figures(run)}
+        described.append(facts | {"missing": run.missing, "problems": run.problems})
     spreads = {key: value._asdict() for key, value in summarize(runs).items()}
-    result: dict[str, Any] = {"runs": [of(run) for run in runs], "spread": spreads}
-    if comparison:
-        result["comparison"] = comparison._asdict() | {"base_bpb": comparison.base_bpb._asdict()}
-    return result
+    return {"runs": described, "spread": spreads, "comparison": comparison}
 
 
 def gaps(runs: Sequence[Run]) -> list[str]:
-    lines = []
+    """What the reader of the table must know besides."""
     seeds = [run.seed for run in runs if run.seed is not None]
-    for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        lines.append(f"seed {seed} is in several logs: the deviation is not one over seeds")
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    lines = [f"seed {s} is in several logs: the deviation is not one over seeds" for s in twice]
     for run in runs:
         if run.missing:
             lines.append(f"{run.path} is missing: {'; '.join(run.missing)}")
@@ -160,17 +624,14 @@ def gaps(runs: Sequence[Run]) -> list[str]:
 
 
 def parse_figure(text: str) -> Spread:
-    """`1.1163` or `1.1163,0.0013,3` (mean bpb, its deviation over seeds, seeds)."""
-    try:
-        mean, *rest = (float(part) for part in text.split(","))
-        std, n = rest if rest else (None, 1)
-        if not 0 < mean < 100 or n < 1 or n != int(n) or (std is not None and std < 0):
-            raise ValueError
-        return Spread(mean, std, int(n))
-    except ValueError:
+    """`1.1163` or `1.1163,0.0013,3`: mean bpb, its deviation over seeds, how many seeds."""
+    match = re.fullmatch(r"(\d+\.?\d*)(?:,(\d*\.?\d+),([1-9]\d{0,8}))?", text)
+    if not match or not 0 < float(match[1]) < 100:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no figure: write the mean bpb, or mean,std,n such as 1.1163,0.0013,3"
-        ) from None
+        )
+    mean, std, n = match.groups()
+    return Spread(float(mean), float(std) if std else None, int(n or 1))
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,28 +658,49 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--require-complete", action="store_true", help="exit code 1 if a log is missing anything"
     )
+    parser.add_argument("--baselines", action="store_true", help="lzma and unigrams on its text")
     add_base_arguments(parser)
     args = parser.parse_args(argv)
     try:
         runs, base = read_runs(args.logs), read_base(args)
         comparison = compare(runs, base) if base else None
-    except (LogError, StatsError) as error:
+        others = baselines(runs[0]) if args.baselines else {}
+    except LogError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_report(runs, comparison, args.format)
+    if args.format == "json":
+        print(json.dumps(as_json(runs, comparison) | {"baselines": others}, indent=2))
+    else:
+        print((plain_table if args.format == "table" else markdown_table)(table_rows(runs)))
+        notes = [f"{name} on the same text: {bpb:.5f} bpb" for name, bpb in others.items()]
+        notes += [comparison_text(comparison)] if comparison else []
+        print("".join(f"\n{note}\n" for note in notes + gaps(runs)), end="")
     return 1 if args.require_complete and any(run.missing for run in runs) else 0
 
 
-def print_report(runs: Sequence[Run], comparison: Comparison | None, form: str) -> None:
-    if form == "json":
-        print(json.dumps(as_json(runs, comparison), indent=2))
-        return
-    rows = table_rows(runs)
-    print(plain_table(rows) if form == "table" else markdown_table(rows))
-    notes = [comparison_text(comparison)] if comparison else []
-    for note in notes + gaps(runs):
-        print(f"\n{note}")
+def leave(number: int, _: object) -> None:
+    """Ends by an exception, so that children are ended and temporary files go."""
+    sys.exit(128 + number)
+
+
+def run_command(main: Callable[[Sequence[str]], int]) -> None:
+    """Runs a script's `main` and exits with its code, on any terminal and into any pipe."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal cannot show becomes a `?`
+    code = 1
+    try:
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -1,17 +1,19 @@
-"""Draws the logs of one or more seeds as PNGs for a write-up.
+"""Draws the logs of one or more runs as PNGs for a write-up.
 
     pip install matplotlib
     python scripts/plot_logs.py logs/seeds/train_seed*.log -o build/plots
 
-loss.png        training loss and bpb, validation bpb, over steps and over seconds
+loss.png        training loss and validation in bits per byte, the whole run and its end enlarged
 step_time.png   milliseconds of a step over the run, and their mean by number of passes
-recurrence.png  hidden growth ratio, residual scale and feedback norm of each pass
-ttt.png         running bpb of the evaluation with test-time training
+recurrence.png  growth of the hidden state, residual scale and feedback norm of each pass
+ttt.png         bits per byte of the text so far, during test-time training
 bytes.png       bytes of the code and of the model's parts against the limit; the parts are read
                 from the artifact that run_seeds.sh keeps beside the log
+validation.png  validation bits per byte over the seconds of training, a colour for each
+                configuration: drawn if logs have `validation` lines (--val-loss-every)
 
-Every seed is a line of its own; vertical lines mark where passes are added and where SWA and
-quantization-aware training start, in the first seed. A picture is drawn if a log has its data.
+Noisy curves are smoothed, with what was logged behind them, faint. Dotted lines in a run's colour
+say where its passes are added and where QAT begins. What a log lacks is said and left out.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from __future__ import annotations
 import argparse
 import lzma
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from run_log import LIMIT_BYTES, LogError, Run, read_runs
-from trainer_runs import ROOT
+from inspect_logs import LIMIT_BYTES, PER_RUN, LogError, Run, read_runs, run_command
 
 # Okabe and Ito's colours: told apart with any colour vision; styles help where colours repeat.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
+GREY = "#555555"
 STYLE = {
     "font.size": 15,
     "axes.titlesize": 16,
@@ -42,223 +44,227 @@ STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 100,
 }
+Curve = list[tuple[float, float]]  # points (x, y)
 
 
 def colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def series(run: Run, key: str) -> tuple[list[int], list[float], list[float]]:
-    """(steps, seconds, values) of the lines of steps that have a number at `key`."""
-    found = [(s.step, s.seconds, s.event.number(key)) for s in run.steps_logged]
-    rows = [(step, seconds, value) for step, seconds, value in found if value is not None]
-    return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+def draw_curve(axis: Any, points: Curve, **style: Any) -> None:
+    if points:
+        marker = "o" if len(points) == 1 else None
+        axis.plot(*zip(*points, strict=True), marker=marker, **style)
 
 
-def validations(run: Run) -> list[tuple[int, float]]:
-    """(step, val_bpb) of the validations during training, and of the weights at the end of it."""
-    found = [(e.step(), e.number("val_bpb")) for e in run.all("") if "val_bpb" in e.pairs]
-    if run.steps is not None and "pre_quant" in run.scores:
+def smooth(points: Curve, reach: int = 3) -> Curve:
+    """Means of each point with the `reach` before and after it; of few points, these themselves."""
+    if len(points) < 4 * reach:
+        return points
+    windows = [points[i - reach : i + reach + 1] for i in range(reach, len(points) - reach)]
+    return [(window[reach][0], sum(y for _, y in window) / len(window)) for window in windows]
+
+
+def series(run: Run, key: str) -> Curve:
+    """(step, value) of the lines of steps that have a number at `key`."""
+    found = [(line.step, line.event.number(key)) for line in run.step_lines]
+    return [(step, value) for step, value in found if value is not None]
+
+
+def validations(run: Run) -> Curve:
+    """(step, val_bpb) during training, and of the averaged weights at its end."""
+    events = [event for event in run.events if event.name in ("", "validation")]
+    found = [(event.step, event.number("val_bpb")) for event in events]
+    if "pre_quant" in run.scores:
         found.append((run.steps, run.scores["pre_quant"].val_bpb))
     return [(step, bpb) for step, bpb in found if step is not None and bpb is not None]
 
 
-def seconds_at(run: Run, step: int) -> float | None:
+def seconds_at(run: Run, step: float) -> float | None:
     """The clock when `step` ended, as far as lines around it tell."""
-    lines = run.steps_logged
-    for before, after in pairwise(lines):
+    for before, after in pairwise(run.step_lines):
         if before.step <= step <= after.step and after.step > before.step:
             share = (step - before.step) / (after.step - before.step)
             return before.seconds + share * (after.seconds - before.seconds)
     return run.train_seconds if step == run.steps else None
 
 
-def marks(run: Run) -> Iterator[tuple[int, str]]:
-    """(step, label) of what changes during training."""
-    for step, passes in run.growth[1:]:
-        yield step, f"{passes} passes"
-    for name, label in (("swa", "SWA"), ("late_qat", "QAT")):
-        step = run.last(name).step()
-        if step is not None:
-            yield step, label
+def draw_marks(axis: Any, runs: Sequence[Run]) -> None:
+    """Where each run's passes are added and its QAT begins; the first run's marks have labels."""
+    for i, run in enumerate(runs):
+        found = [(step, f"{passes} passes") for step, passes in run.growth[1:]]
+        found += [
+            (run.last(name).step, text) for name, text in (("swa", "SWA"), ("late_qat", "QAT"))
+        ]
+        for step, label in found:
+            if step is None:
+                continue
+            axis.axvline(step, color=colour(i), linewidth=1.2, linestyle=":", zorder=0)
+            if i == 0:
+                box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
+                axis.annotate(
+                    label, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90,
+                    xytext=(4, 0), textcoords="offset points", fontsize=12, color=GREY,
+                    ha="left", va="top", bbox=box,
+                )  # fmt: skip
 
 
-def draw_marks(axis: Any, run: Run, *, by_seconds: bool = False) -> None:
-    """Vertical lines; those close together share the label at the first of them."""
-    low, high = axis.get_xlim()
-    groups: list[tuple[float, list[str]]] = []
-    last = low
-    for step, label in sorted(marks(run)):
-        place = seconds_at(run, step) if by_seconds else step
-        if place is None:
-            continue
-        axis.axvline(place, color="#555555", linewidth=1.2, linestyle=(0, (2, 2)))
-        if groups and place - last < 0.05 * (high - low):
-            groups[-1][1].append(label)
-        else:
-            groups.append((place, [label]))
-        last = place
-    for place, labels in groups:
-        axis.annotate(
-            ", ".join(labels),
-            (place, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            rotation=90,
-            fontsize=12,
-            color="#333333",
-            ha="right",
-            va="top",
-            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
-        )
-
-
-def add_legend(figure: Any, **handles: Any) -> None:
-    """One legend above all panels: its entries by name, `_` for a space."""
-    labels = [name.replace("_", " ") for name in handles]
-    columns = min(len(labels), 6)
-    figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=columns)
-
-
-def seed_lines(plt: Any, runs: Sequence[Run]) -> dict[str, Any]:
-    return {f"seed_{run.label}": plt.Line2D([], [], color=colour(i)) for i, run in enumerate(runs)}
+def add_legend(plt: Any, figure: Any, runs: Sequence[Run], **more: Mapping[str, Any]) -> None:
+    """One legend above all panels: the runs by colour, then `more`, with `_` for a space."""
+    seeds = [f"seed {run.label}" for run in runs]
+    paths = [f"{run.path.parent.name[-20:]}/{run.path.stem[-20:]}" for run in runs]
+    names = seeds if len(set(seeds)) == len(seeds) else paths
+    styles = {name: {"color": colour(i)} for i, name in enumerate(names)}
+    styles |= {name.replace("_", " "): style for name, style in more.items()}
+    handles = [plt.Line2D([], [], **style) for style in styles.values()]
+    columns = min(len(styles), 6 if names == seeds else 3)
+    figure.legend(handles, list(styles), loc="outside upper center", ncols=columns)
 
 
 def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
-    rows = (("train_loss", "training loss, nats/token"), ("train_bpb", "bits per byte"))
-    rows = tuple(row for row in rows if any(series(run, row[0])[0] for run in runs))
-    if not rows:
+    in_bytes = any(series(run, "train_bpb") for run in runs)
+    key, label = ("train_bpb", "bits per byte") if in_bytes else ("train_loss", "nats per token")
+    found = [series(run, key) for run in runs]
+    if not any(found):
         return None
-    figure, axes = plt.subplots(
-        len(rows), 2, figsize=(14, 5 * len(rows)), sharey="row", squeeze=False, layout="constrained"
+    curves = [smooth(points) for points in found]
+    ends = [point for points in found for point in points[len(points) // 2 :]]
+    figure, (whole, end) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    for i, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+        for axis in (whole, end):
+            draw_curve(axis, found[i], color=colour(i), alpha=0.2, linewidth=1.2)
+            draw_curve(axis, curve, color=colour(i))
+            for point in validations(run) if in_bytes else []:
+                axis.plot(*point, "o", color=colour(i), markeredgecolor="white", markersize=9)
+    values = sorted(y for curve in curves for _, y in curve)
+    top = values[int(0.9 * (len(values) - 1))]  # cuts off the first steep tenth
+    whole.set(
+        xlabel="step", ylabel=f"training, {label}", ylim=(None, top + 0.5 * (top - values[0]))
     )
-    for (key, label), pair in zip(rows, axes, strict=True):
-        for i, run in enumerate(runs):
-            steps, seconds, values = series(run, key)
-            for axis, x in zip(pair, (steps, seconds), strict=True):
-                axis.plot(x, values, color=colour(i), alpha=0.85)
-            if key == "train_bpb":
-                draw_validations(pair, run, i)
-        zoom(pair[0], [v for run in runs for v in series(run, key)[2]])
-        pair[0].set_ylabel(label)
-        for axis, by_seconds, name in zip(pair, (False, True), ("step", "seconds"), strict=True):
-            axis.set_xlabel(name)
-            draw_marks(axis, runs[0], by_seconds=by_seconds)
-    entries = seed_lines(plt, runs)
-    if len(rows) > 1:
-        entries["validation"] = plt.Line2D([], [], color="#555555", marker="o", linestyle="")
-    add_legend(figure, **entries)
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*ends, strict=True))
+    room = 0.1 * (high - low) or 0.1
+    end.set(xlabel="step", xlim=(left, 1.02 * right), ylim=(low - room, high + 3 * room))
+    end.set_title("the second half, enlarged")
+    for axis in (whole, end):
+        draw_marks(axis, runs if axis is end else runs[:1])
+    dots = {"color": GREY, "marker": "o", "linestyle": ""}
+    add_legend(plt, figure, runs, **({"validation": dots} if in_bytes else {}))
     return figure
 
 
-def draw_validations(pair: Sequence[Any], run: Run, i: int) -> None:
-    for step, bpb in validations(run):
-        for axis, x in zip(pair, (step, seconds_at(run, step)), strict=True):
-            if x is not None:
-                axis.plot([x], [bpb], "o", color=colour(i), markeredgecolor="white", markersize=9)
-
-
-def zoom(axis: Any, values: Sequence[float]) -> None:
-    """Cuts off the steep first tenth of a falling curve, so that the rest can be read."""
-    ordered = sorted(values)
-    if len(ordered) >= 10:
-        low, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
-        if low == high:
-            return
-        axis.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
-
-
 def draw_step_time(plt: Any, runs: Sequence[Run]) -> Any:
-    passes = sorted({p for run in runs for p in run.step_ms_by_passes()})
+    passes = sorted({p for run in runs for p in run.step_ms()})
     if not passes:
         return None
-    figure, (over_run, bars) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
+    figure, (over_run, bars) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    width = 0.8 / len(runs)
     for i, run in enumerate(runs):
         points = [
             (b.step, 1000 * (b.seconds - a.seconds) / (b.step - a.step)) for a, b in run.intervals()
         ]
-        over_run.step(*zip(*points, strict=True), where="pre", color=colour(i))
-        times = run.step_ms_by_passes()
-        width = 0.8 / len(runs)
-        for k, p in enumerate(passes):
-            if p in times:
-                x = k + (i - (len(runs) - 1) / 2) * width
-                bars.bar(x, times[p], 0.92 * width, color=colour(i))
-                bars.annotate(
-                    f"{times[p]:.4g}", (x, times[p]), ha="center", va="bottom", fontsize=12
-                )
+        draw_curve(over_run, points, color=colour(i), drawstyle="steps-pre")
+        for p, ms in run.step_ms().items():
+            x = passes.index(p) + (i - (len(runs) - 1) / 2) * width
+            bars.bar(x, ms, 0.92 * width, color=colour(i))
+            bars.annotate(f"{ms:.4g}", (x, ms), ha="center", va="bottom", fontsize=12)
     over_run.set(xlabel="step", ylabel="ms per step")
-    over_run.set_ylim(0, 1.4 * over_run.get_ylim()[1])  # room for the labels of the marks
-    draw_marks(over_run, runs[0])
+    over_run.set_ylim(0, 1.3 * over_run.get_ylim()[1])  # room for the labels of the marks
+    draw_marks(over_run, runs)
     bars.set_xticks(range(len(passes)), [f"{p} pass{'es'[: 2 * (p > 1)]}" for p in passes])
     bars.set(ylabel="ms per step, mean")
     bars.grid(axis="x", visible=False)
-    bars.margins(y=0.1)
-    add_legend(figure, **seed_lines(plt, runs))
+    add_legend(plt, figure, runs)
     return figure
 
 
-def draw_recurrence(plt: Any, runs: Sequence[Run]) -> Any:
-    # Title, and the pass of the first number in a line; pass 1 has no scale and no feedback.
-    panels = {
-        "growth": ("growth ratio of the hidden state", 1),
-        "residual_scale": ("residual scale", 2),
-        "feedback_norm": ("feedback norm", 1),
-    }
-    keys = [k for k in panels if any(s.event.numbers(k) for r in runs for s in r.steps_logged)]
-    if not keys:
-        return None
-    figure, axes = plt.subplots(
-        1, len(keys), figsize=(5.6 * len(keys), 5.8), squeeze=False, layout="constrained"
-    )
-    passes: set[int] = set()
-    for axis, key in zip(axes[0], keys, strict=True):
-        title, first = panels[key]
-        for i, run in enumerate(runs):
-            for number, points in pass_curves(run, key, first).items():
-                if key == "growth" or number > 1:
-                    passes.add(number)
-                    style, dot = STYLES[i % len(STYLES)], "o" if len(points) == 1 else None
-                    x, y = zip(*points, strict=True)
-                    axis.plot(x, y, color=colour(number), linestyle=style, marker=dot)
-        axis.set(title=title, xlabel="step", xlim=(0, 1.03 * max(run.steps or 1 for run in runs)))
-        draw_marks(axis, runs[0])
-    entries = {f"pass_{p}": plt.Line2D([], [], color=colour(p)) for p in sorted(passes)}
-    for i, run in enumerate(runs):
-        style = STYLES[i % len(STYLES)]
-        entries[f"seed_{run.label}"] = plt.Line2D([], [], color="#555555", linestyle=style)
-    add_legend(figure, **entries)
-    return figure
-
-
-def pass_curves(run: Run, key: str, first: int) -> dict[int, list[tuple[int, float]]]:
-    """For each pass, the (step, number) of the lines whose sequence at `key` reaches it."""
-    curves: dict[int, list[tuple[int, float]]] = {}
-    for line in run.steps_logged:
-        for number, value in enumerate(line.event.numbers(key), first):
+def pass_curves(run: Run, key: str) -> dict[int, Curve]:
+    """The number that each pass, from 1 on, has at `key`, in the steps in which it is used."""
+    curves: dict[int, Curve] = {}
+    for line in run.step_lines:
+        used = run.passes_in(line.step) or 0
+        first = 2 if key == "residual_scale" else 1  # pass 1 has no scale
+        for number, value in enumerate(line.event.numbers(key)[: used - first + 1], first):
             curves.setdefault(number, []).append((line.step, value))
+    if key == "feedback_norm":
+        curves.pop(1, None)  # pass 1 has no feedback
     return curves
 
 
+def draw_recurrence(plt: Any, runs: Sequence[Run]) -> Any:
+    titles = {
+        "growth": "growth of the hidden state, ratio",
+        "residual_scale": "residual scale",
+        "feedback_norm": "feedback norm",
+    }
+    keys = [key for key in titles if any(pass_curves(run, key) for run in runs)]
+    if not keys:
+        return None
+    size = (5.6 * len(keys), 6)
+    figure, axes = plt.subplots(1, len(keys), figsize=size, squeeze=False, layout="constrained")
+    seen: set[int] = set()
+    for axis, key in zip(axes[0], keys, strict=True):
+        for i, run in enumerate(runs):
+            for number, points in pass_curves(run, key).items():
+                seen.add(number)
+                style = {"color": colour(i), "linestyle": STYLES[(number - 1) % len(STYLES)]}
+                draw_curve(axis, points, **style)
+        axis.set(title=titles[key], xlabel="step")
+        draw_marks(axis, runs)
+    styles = {f"pass_{p}": {"color": GREY, "linestyle": STYLES[(p - 1) % 4]} for p in sorted(seen)}
+    add_legend(plt, figure, runs, **styles)
+    return figure
+
+
 def draw_ttt(plt: Any, runs: Sequence[Run]) -> Any:
-    if not any(run.all("ttt_chunk") for run in runs):
+    curves = []
+    for run in runs:
+        found = [(e.pairs.get("chunk", "").split("/")[0], e) for e in run.all("ttt_chunk")]
+        points = [(int(n), e.number("val_bpb")) for n, e in found if n.isdecimal() and len(n) < 10]
+        curves.append([(n, bpb) for n, bpb in points if bpb is not None])
+    if not any(curves):
         return None
     figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
-    for i, run in enumerate(runs):
-        points = []
-        for event in run.all("ttt_chunk"):
-            chunk, bpb = event.pairs.get("chunk", "").split("/")[0], event.number("val_bpb")
-            if chunk.isdigit() and bpb is not None:
-                points.append((int(chunk), bpb))
-        if points:
-            axis.plot(*zip(*points, strict=True), color=colour(i))
+    for i, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+        draw_curve(axis, curve, color=colour(i))
         if "sliding" in run.scores:
             axis.axhline(run.scores["sliding"].val_bpb, color=colour(i), linestyle=":")
-    axis.set(xlabel="chunks scored", ylabel="bpb of the text so far")
-    dotted = plt.Line2D([], [], color="#555555", linestyle=":")
-    add_legend(figure, **seed_lines(plt, runs), whole_text_without_TTT=dotted)
+    axis.set(xlabel="chunks scored", ylabel="bits per byte of the text so far")
+    add_legend(plt, figure, runs, whole_text_without_it={"color": GREY, "linestyle": ":"})
     return figure
+
+
+def draw_validation(plt: Any, runs: Sequence[Run]) -> Any:
+    """Not drawn where no log has scores during training."""
+    if not any(len(validations(run)) > 1 for run in runs):
+        return None
+    names = configurations(runs)
+    kinds = list(dict.fromkeys(names))
+    figure, axis = plt.subplots(figsize=(11, 7), layout="constrained")
+    ends = []
+    for run, name in zip(runs, names, strict=True):
+        found = [(seconds_at(run, step), bpb) for step, bpb in validations(run)]
+        points = [(seconds, bpb) for seconds, bpb in found if seconds is not None]
+        draw_curve(axis, points, color=colour(kinds.index(name)), markersize=5)
+        ends += [bpb for _, bpb in points[len(points) // 3 :]]
+    low, high = min(ends, default=0), max(ends, default=1)
+    axis.set(xlabel="seconds of training", ylabel="validation, bits per byte")
+    room = (high - low) or 0.1
+    axis.set_ylim(low - 0.05 * room, high + 0.2 * room)
+    handles = [plt.Line2D([], [], color=colour(i)) for i in range(len(kinds))]
+    figure.legend(handles, kinds, loc="outside upper center", ncols=2)
+    return figure
+
+
+def configurations(runs: Sequence[Run]) -> list[str]:
+    """For each run its passes, and the settings in which the runs differ besides."""
+    passes = [" → ".join(str(p) for _, p in run.growth) or "?" for run in runs]
+    keys = sorted({key for run in runs for key in run.config} - PER_RUN)
+    keys = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
+    keys = [key for key in keys if "passes" not in key]
+    rest = [", ".join(f"{key}={run.config.get(key)}" for key in keys) for run in runs]
+    return [
+        f"passes {p}" + (f", {text}" if text else "") for p, text in zip(passes, rest, strict=True)
+    ]
 
 
 def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
@@ -266,20 +272,21 @@ def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
     if not known:
         return None
     figure, axis = plt.subplots(figsize=(11, 2 + 1.2 * len(known)), layout="constrained")
-    entries, parts = {}, {run.path: byte_parts(run) for run in known}
+    entries, most = {}, 0.0
     for row, run in enumerate(reversed(known)):
         left = 0.0
-        for name, size in parts[run.path].items():
+        for name, size in byte_parts(run).items():
             shade = colour(list(PART_NAMES).index(name))
             entries[name] = axis.barh(row, size, left=left, color=shade, height=0.5)
             left += size
+        most = max(most, left)
         model, code = run.bytes["model_bytes"], run.bytes["code_bytes"]
         text = f"model {model:,} + code {code:,}: {LIMIT_BYTES - model - code:,} left"
         axis.annotate(text, (0, row + 0.27), xytext=(2, 2), textcoords="offset points")
     ordered = {name: entries[name] for name in PART_NAMES if name in entries}
-    most, label = max(sum(sizes.values()) for sizes in parts.values()), "million bytes"
+    label = "million bytes"
     if most > LIMIT_BYTES / 2:
-        ordered["limit"] = axis.axvline(LIMIT_BYTES, color="#555555", linestyle=(0, (2, 2)))
+        ordered["limit"] = axis.axvline(LIMIT_BYTES, color=GREY, linestyle="--")
         most = max(most, LIMIT_BYTES)
     else:
         label += f"; the limit, {LIMIT_BYTES / 1e6:g}, is far to the right"
@@ -287,24 +294,24 @@ def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
     axis.set(xlim=(0, 1.02 * most), ylim=(-0.4, len(known) - 0.3), xlabel=label)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
     axis.grid(axis="y", visible=False)
-    add_legend(figure, **ordered)
+    figure.legend(list(ordered.values()), list(ordered), loc="outside upper center", ncols=6)
     return figure
 
 
 # The parts of an artifact by the names of its tensors, then what is drawn without an artifact.
 PART_NAMES = {
-    "q_and_o": ("qo_bank",),
-    "k_and_v": ("kv_bank",),
-    "MLP_up": ("mlp_up_bank",),
-    "MLP_down": ("mlp_down_bank",),
-    "embedding": ("tok_emb",),
-    "all_else": (),
+    "q and o": ("qo_bank",),
+    "k and v": ("kv_bank",),
+    "MLP up": ("mlp_up_bank",),
+    "MLP down": ("mlp_down_bank",),
+    "embedding": ("tok_emb", "tok_emb.weight"),
+    "all else": (),
     "code": (),
     "model": (),
 }
 
 
-def byte_parts(run: Run) -> Mapping[str, float]:
+def byte_parts(run: Run) -> dict[str, float]:
     """Bytes of the code and of each part of the model; of the whole model without the artifact.
 
     The parts are compressed one by one and scaled to the bytes of the whole.
@@ -315,7 +322,7 @@ def byte_parts(run: Run) -> Mapping[str, float]:
         return whole
     try:
         sizes = compressed_parts(artifact)
-    except (ImportError, ValueError):  # no torch here, or an artifact of another train_gpt.py
+    except (ImportError, AttributeError, ValueError):  # no torch, or another train_gpt.py's
         return whole
     scale = model / sum(sizes.values())
     return {**{name: size * scale for name, size in sizes.items()}, "code": code}
@@ -323,7 +330,7 @@ def byte_parts(run: Run) -> Mapping[str, float]:
 
 def compressed_parts(artifact: Path) -> dict[str, int]:
     """Compressed bytes of each part of an artifact. Raises ValueError if it cannot be read."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import train_gpt
 
     tensors = train_gpt.read_artifact(artifact)[1]
@@ -332,7 +339,7 @@ def compressed_parts(artifact: Path) -> dict[str, int]:
     part_of = {tensor: part for part, names in PART_NAMES.items() for tensor in names}
     parts: dict[str, bytes] = {}
     for tensor, size in sizes.items():
-        part = part_of.get(tensor.removesuffix(".weight"), "all_else")
+        part = part_of.get(tensor, "all else")
         parts[part] = parts.get(part, b"") + payload[:size]
         payload = payload[size:]
     filters = train_gpt.XZ_FILTERS
@@ -345,6 +352,7 @@ PICTURES: dict[str, Callable[[Any, Sequence[Run]], Any]] = {
     "recurrence": draw_recurrence,
     "ttt": draw_ttt,
     "bytes": draw_bytes,
+    "validation": draw_validation,
 }
 
 
@@ -391,9 +399,12 @@ def main(argv: Sequence[str]) -> int:
     for path in written:
         print(path)
     for name in lacking:
-        print(f"{name}: not drawn, the logs have no data for it")
+        print(f"{name}.png is not drawn: the logs have no data for it")
+    for run in runs:
+        if run.missing:
+            print(f"{run.path} is missing: {'; '.join(run.missing)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

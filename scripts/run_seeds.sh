@@ -20,12 +20,14 @@
 # The script is minified first, and that file is what runs. A seed whose log is in DIR is not run
 # again, so the same command after an interruption goes on at the first missing seed; what an
 # interrupted run had logged is moved to DIR/interrupted. Other settings are environment variables.
+# SIGTERM, SIGHUP and SIGINT end the run that was started. To outlive the terminal:
+#   setsid nohup bash scripts/run_seeds.sh >seeds.txt 2>&1 &
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; }
-fail() { echo "error: $*" >&2; exit 2; }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
+source "$root/scripts/environment.sh"
 seeds="1337 42 2025" output=logs/seeds env_file="" nproc="" given="" minify_flags=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -58,16 +60,7 @@ done
 [[ -z $given || -z ${minify_flags[*]-} ]] || fail "give one of --script and --self-extracting"
 [[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || fail "--nproc: '$nproc' is no number of processes"
 
-if [ -n "$env_file" ]; then
-    [ -f "$env_file" ] || fail "--env: $env_file is missing"
-    while IFS= read -r line || [ -n "$line" ]; do
-        line=${line#export }
-        [[ $line =~ ^[A-Z][A-Z0-9_]*= ]] || continue
-        name=${line%%=*} value=${line#*=}
-        value=${value#[\"\']} value=${value%[\"\']}
-        [ -n "${!name+set}" ] || export "$name=$value"
-    done <"$env_file"
-fi
+[ -z "$env_file" ] || read_env "$env_file"
 
 cd "$root"
 python=${PYTHON:-python3}
@@ -82,7 +75,16 @@ fi
 echo $$ >"$pid_file"
 child=""
 trap 'rm -f "$pid_file"' EXIT
-trap '[ -z "$child" ] || kill "$child" 2>/dev/null; wait; exit 130' INT TERM
+# "wait" comes back at a signal, so the trap runs at once; the run ends before this script does.
+end() {
+    trap '' INT TERM HUP
+    [ -z "$child" ] || kill "$child" 2>/dev/null
+    wait
+    exit "$1"
+}
+trap 'end 130' INT
+trap 'end 143' TERM
+trap 'end 129' HUP
 
 script=$output/train_gpt.py new=$output/new/train_gpt.py
 if [ -n "$given" ]; then
@@ -101,6 +103,11 @@ rmdir "$output/new"
 if [ -z "$nproc" ]; then
     nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
+for seed in $seeds; do
+    left=$output/train_seed$seed.int6.xz
+    [ ! -e "$left" ] || [ -e "${left%.int6.xz}.log" ] ||
+        fail "$left is there without its log: move it away, nothing is overwritten"
+done
 for seed in $seeds; do
     run=train_seed$seed
     if [ -e "$output/$run.log" ]; then
