@@ -472,7 +472,6 @@ def test_a_full_disk_loses_neither_the_run_nor_the_artifact(start, base, run_of,
     assert not [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
 
 
-@pytest.mark.xfail(strict=True, reason="it is told in the log and on standard output alone")
 def test_the_place_of_a_rescued_file_is_told_on_standard_error(tmp_path, capfd, monkeypatch):
     """For the log and what standard output goes to may lie on the same full disk."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
