@@ -3,11 +3,11 @@
     python scripts/compare_branches.py --output logs/branches \\
         --branch num_passes=1 --branch feedback_mode=none --branch "matrix_lr=0.02 muon_wd=0.02"
 
-One run is trained up to --at of its progress. From its weights, moments, averages and data every
-branch goes on for the rest of the time: first the run as it is, then each --branch with the
-settings that it names. So the trunk is paid once and its luck is shared: differences are clearer
-than between whole runs. `--branch ""` repeats the run itself, which shows what is noise. All other
-arguments are the trainer's settings.
+One run is trained up to --at of its progress. From its weights, moments, averages and place in the
+data every branch goes on for the rest of the time: first the run as it is, then each --branch with
+the settings that it names. So the trunk is paid once and its luck is shared: differences are
+clearer than between whole runs. `--branch ""` repeats the run itself, which shows what is noise.
+All other arguments are the trainer's settings.
 
 A parameter that the trunk has not moved (the residual scales and the feedback, while there is one
 pass) begins as the branch's settings say; so does one that the trunk does not have. Graphs are
@@ -15,288 +15,227 @@ compiled before a branch's time begins. Scores are of the averaged weights, with
 side; int6 is the export's quantization at the size that the entropy of the integers suggests,
 without lzma.
 
-DIR gets the log of the trunk and of each branch. One process; with a wall-clock cap the seconds of
-a branch follow from --at.
+DIR gets the log of the trunk and of each branch, and the table. A branch that diverges is a row of
+nan. A signal ends the comparison, and the table then has the branches that were done.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from inspect_logs import markdown_table, number, plain_table
+from bench_speed import format_table, print_to_reader  # it also makes train_gpt importable
+
+# isort: split
+import torch
 from torch import Tensor
-from trainer_runs import ROOT
 
-sys.path.insert(0, str(ROOT))
-
-from train_gpt import (
-    BatchLoader,
-    Evaluator,
-    Hyperparameters,
-    Log,
-    Optimizer,
-    Runtime,
-    StepPlan,
-    Trainer,
-    UserError,
-    WeightAverage,
-    build_model,
-    code_bytes,
-    estimate_floor_index,
-    floor_value,
-    log_header,
-    open_data,
-    pack,
-    parse_value,
-    plan_step,
-    read_configuration,
-    require,
-    unpack,
-)
+import train_gpt
+from train_gpt import Evaluator, Hyperparameters, Trainer, UserError, require
 
 # What the trunk has used up, or what the trunk's weights depend on.
 SHARED = (
-    *("seed", "data_path", "tokenizer_path", "train_batch_tokens", "train_seq_len", "shuffle"),
-    *("iterations", "max_wallclock_seconds", "reserve_seconds", "dtype", "compile"),
+    *("seed", "data_path", "tokenizer_path", "vocab_size", "train_batch_tokens", "train_seq_len"),
+    *("shuffle", "iterations", "max_wallclock_seconds", "dtype", "compile"),
 )
-SCORES = ("pre_quant_exact", "quantized_estimate")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
-class Reached(Exception):
-    """The trunk is as long as it should be."""
+class Row(NamedTuple):
+    """What came of a branch."""
+
+    settings: str
+    steps: int
+    val_bpb: float
+    int6_bpb: float
 
 
-class Notes(Log):
-    """A log that remembers what it wrote."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.last: dict[str, dict[str, Any]] = {}
-        self.open()
-
-    def event(self, name: str = "", /, **pairs: Any) -> None:
-        self.last[name] = pairs
-        super().event(name, **pairs)
+def read_run(argv: Sequence[str]) -> Hyperparameters:
+    """The settings of the trunk. Raises UserError."""
+    hp, _ = train_gpt.read_configuration(os.environ, argv)
+    # Warm-up runs every graph once. Nothing but plain windows is scored, nothing else is written.
+    unused = {"sliding_eval": False, "ttt_enabled": False, "evaluate": None, "resume": False}
+    return replace(hp, warmup_steps=1, checkpoint_seconds=None, **unused)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Where the trunk ended. `tensors` are by kind (as in Trainer.run_state), then by name."""
+def read_branch(text: str, hp: Hyperparameters) -> Hyperparameters:
+    """The run's settings with those of a text such as `num_passes=1 muon_wd=0.02`.
 
-    hp: Hyperparameters
-    step: int
-    progress: float
-    tensors: dict[str, dict[str, Tensor]]
-    untouched: set[str]  # parameters that are still as they were initialized
-    samples: tuple[int, float, float]  # of the average
-    floor_index: int | None
-
-    @property
-    def elapsed(self) -> float:
-        return self.progress * (self.hp.max_wallclock_seconds or 0.0)
-
-
-class BranchTrainer(Trainer):
-    """Trains up to a place, or on from a snapshot."""
-
-    def __init__(self, *parts: Any, until: float = 2.0, start: Snapshot | None = None) -> None:
-        super().__init__(*parts)
-        self.until, self.start = until, start
-        self.initial = {n: w.clone() for n, w in self.flat.named(self.flat.data).items()}
-
-    def resume(
-        self, optimizer: Optimizer, average: WeightAverage
-    ) -> tuple[int, StepPlan | None, float]:
-        self.optimizer, self.average = optimizer, average
-        start = self.start
-        if start is None:
-            return 0, None, 0.0
-        alike = start.hp.weight_average == self.hp.weight_average
-        for kind, tensor in self.run_state(optimizer, average).items():
-            known = kind not in ("ema", "swa") or alike
-            for name, view in self.flat.named(tensor).items():
-                source = start.tensors[kind if known else "data"].get(name)
-                if self.takes(name, source):
-                    view.copy_(source)
-        for moments in optimizer.adam.state.values():
-            moments["step"].fill_(start.step)
-        samples, average.last_progress, last_sample = start.samples
-        if alike:
-            average.samples, average.last_sample = samples, last_sample
-        self.floor_index = start.floor_index
-        return start.step, plan_step(start.hp, start.step - 1, average.last_progress), start.elapsed
-
-    def takes(self, name: str, source: Tensor | None) -> bool:
-        """Whether the branch goes on with the trunk's values of a parameter."""
-        fresh = source is None or source.shape != self.flat.shapes[name]
-        return not fresh and name not in self.start.untouched
-
-    def announce(
-        self, step: int, progress: float, before: StepPlan | None, plan: StepPlan
-    ) -> Tensor | None:
-        if progress >= self.until:
-            self.reached = step, progress
-            raise Reached
-        return super().announce(step, progress, before, plan)
-
-    def train_whole(self) -> None:
-        """Trains to the end. A signal ends the program: half a branch compares with nothing."""
-        code = self.train()
-        if code:
-            sys.exit(code)
-
-    def snapshot(self) -> Snapshot:
-        average, named = self.average, self.flat.named
-        tensors = {
-            kind: {n: w.clone() for n, w in named(tensor).items()}
-            for kind, tensor in self.run_state(self.optimizer, average).items()
-        }
-        untouched = {n for n, w in self.initial.items() if w.equal(tensors["data"][n])}
-        samples = (average.samples, average.last_progress, average.last_sample)
-        step, progress = self.reached
-        return Snapshot(self.hp, step, progress, tensors, untouched, samples, self.floor_index)
-
-
-def branch_settings(text: str, hp: Hyperparameters) -> Hyperparameters:
-    """The settings of a branch such as `num_passes=1 muon_wd=0.02`. Raises UserError."""
-    kinds, changes = {f.name: str(f.type) for f in fields(hp)}, {}
+    Raises UserError.
+    """
+    settings = {f.name: str(getattr(hp, f.name)) for f in fields(hp)}
     for word in text.split():
         name, _, value = word.partition("=")
-        require(name in kinds, f"--branch {text!r}: there is no setting {name}")
-        require(name not in SHARED, f"--branch {text!r}: {name} belongs to the trunk as well")
-        try:
-            changes[name] = parse_value(kinds[name], value)
-        except (ValueError, KeyError):
-            raise UserError(f"--branch {text!r}: {value!r} is no {kinds[name]}") from None
-    return replace(hp, **changes)
-
-
-def labels(branches: Iterable[str]) -> list[str]:
-    """A name for each branch, no two alike: `run` for the run itself, else its settings."""
-    names: list[str] = []
-    for text in branches:
-        name = " ".join(text.split()) or "run"
-        names.append(name if name not in names else f"{name} ({len(names)})")
-    return names
-
-
-class Comparison:
-    """A trunk and its branches on one process."""
-
-    def __init__(self, hp: Hyperparameters, sources: Mapping[str, str], folder: Path) -> None:
-        self.hp, self.sources, self.folder, self.log = (
-            hp,
-            sources,
-            folder,
-            Notes(folder / "trunk.txt"),
-        )
-        self.runtime = Runtime.start(hp)
-        loader, self.evaluator = open_data(hp, self.runtime, self.log)
-        self.loader: BatchLoader = loader
-
-    def trainer(self, hp: Hyperparameters, log: Log, **where: Any) -> BranchTrainer:
-        """A trainer whose graphs are compiled."""
-        log_header(hp, self.sources, self.runtime, log)
-        evaluator: Evaluator = copy.copy(self.evaluator)
-        evaluator.hp, evaluator.log = hp, log
-        trainer = BranchTrainer(build_model(hp, self.runtime, log), self.loader, evaluator, **where)
-        trainer.warm_up()
-        return trainer
-
-    def trunk(self, at: float) -> Snapshot:
-        trainer = self.trainer(self.hp, self.log, until=at)
-        try:
-            trainer.train_whole()
-        except Reached:
-            return trainer.snapshot()
-        raise UserError(f"--at {at}: training had ended before, use a smaller one")
-
-    def branch(self, label: str, hp: Hyperparameters, start: Snapshot) -> dict[str, Any]:
-        """Trains and scores a branch; its row of the table."""
-        name = re.sub(r"[^\w=.,:()-]", "_", label)
-        log = Notes(self.folder / f"{name}.txt")
-        trainer = self.trainer(hp, log, start=start)
-        trainer.train_whole()
-        flat, model, score = trainer.flat, trainer.model, trainer.evaluator.run
-        row = {"branch": label, "steps": log.last["stop"]["step"]}
-        score("pre_quant_exact", model, hp.train_seq_len, hp.passes_in_evaluation)
-        named = flat.named(flat.data)
-        index = estimate_floor_index(named, hp.artifact_limit_bytes - code_bytes())
-        for key, tensor in unpack(pack(named, floor_value(index)), flat.shapes).items():
-            named[key].copy_(tensor)
-        score("quantized_estimate", model, hp.train_seq_len, hp.passes_in_evaluation)
-        return row | {kind: float(log.last[kind]["val_bpb"]) for kind in SCORES}
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Header and rows: scores, and differences from the first."""
-    first, text = rows[0], [["", "steps", "val_bpb", "difference", "int6", "difference"]]
-    for row in rows:
-        cells = [row["branch"], number(row["steps"], 0)]
-        for kind in SCORES:
-            cells += [number(row[kind], 5), f"{row[kind] - first[kind]:+.5f}"]
-        text.append(cells)
-    return text
-
-
-def compare(args: argparse.Namespace, settings: Sequence[str]) -> list[dict[str, Any]]:
-    """Trains and scores everything. Raises UserError before anything is trained."""
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "start one process, without torchrun")
-    hp, sources = read_configuration(os.environ, settings)
-    require(0 < args.at < 1, f"--at {args.at}: must be between 0 and 1")
-    # Every graph once before its time begins; nothing but plain windows is scored.
-    hp = replace(hp, warmup_steps=1, sliding_eval=False, ttt_enabled=False)
-    texts = ["", *args.branch]
-    branches = [branch_settings(text, hp) for text in texts]
+        require(name in settings, f"--branch {text!r}: there is no setting {name}: see --help")
+        require(name not in SHARED, f"--branch {text!r}: {name} belongs to the trunk, set it there")
+        settings[name] = value
     try:
-        args.output.mkdir(parents=True)
+        variables = {name.upper(): value for name, value in settings.items()}
+        return train_gpt.read_configuration(variables, [])[0]
+    except UserError as error:
+        raise UserError(f"--branch {text!r}: {error}") from None
+
+
+def flat_state(trainer: Trainer) -> dict[str, Tensor]:
+    """What training carries from step to step, each in the layout of flat.data.
+
+    AdamW's moments are copies; they are zeros before its first step.
+    """
+    flat, adam, state = trainer.flat, trainer.optimizer.adam, train_gpt.run_tensors(trainer)
+    for kind in MOMENTS:
+        state[kind] = torch.zeros_like(flat.data)
+        for group, settings in zip(train_gpt.ADAM_GROUPS, adam.param_groups, strict=True):
+            found = adam.state[settings["params"][0]]
+            if found:
+                state[kind][flat.spans[group]] = found[kind]
+    return state
+
+
+def continue_from(trunk: Trainer, moved: set[str], trainer: Trainer) -> None:
+    """Brings `trainer`, which has not begun, to where the trunk ended.
+
+    moved: the parameters that the trunk has moved. The others begin as `trainer` has them.
+    """
+    old, new, flat = flat_state(trunk), flat_state(trainer), trainer.flat
+    start = flat.named(flat.data)
+    for kind, tensor in new.items():
+        # An average that the trunk did not have begins with the weights of now.
+        source = trunk.flat.named(old.get(kind, old["data"]))
+        for name, view in flat.named(tensor).items():
+            if name in moved and source[name].shape == view.shape:
+                view.copy_(source[name])
+            elif kind == "swa":
+                view.copy_(start[name])
+    adam = trainer.optimizer.adam
+    for group, settings in zip(train_gpt.ADAM_GROUPS, adam.param_groups, strict=True):
+        moments = {kind: new[kind][flat.spans[group]].clone() for kind in MOMENTS}
+        step = torch.tensor(float(trunk.step), device=flat.data.device)
+        adam.state[settings["params"][0]] = {"step": step} | moments
+    for name in ("step", "elapsed", "plan", "phase_start", "floor_index"):
+        setattr(trainer, name, getattr(trunk, name))
+    trainer.average.last_progress = trunk.average.last_progress
+    if "swa" in old and "swa" in new:
+        trainer.average.samples = trunk.average.samples
+        trainer.average.last_sample = trunk.average.last_sample
+
+
+def score(trainer: Trainer, evaluator: Evaluator) -> tuple[float, float]:
+    """Bits per byte of the averaged weights, and of what the export would store of them."""
+    hp, model, flat = trainer.hp, trainer.model, trainer.flat
+    passes = trainer.average_weights()
+    losses = evaluator.run("pre_quant_exact", model, hp.train_seq_len, passes)
+    weights = flat.named(flat.data)
+    floor = train_gpt.floor_value(
+        train_gpt.estimate_floor_index(weights, train_gpt.model_limit(hp))
+    )
+    for name, stored in train_gpt.unpack(payload, flat.shapes).items():
+        weights[name].copy_(stored)
+    int6_losses = evaluator.run("quantized_estimate", model, hp.train_seq_len, passes)
+    return evaluator.bits_per_byte(losses), evaluator.bits_per_byte(int6_losses)
+
+
+def prepare(
+    hp: Hyperparameters, data: train_gpt.Data, runtime: train_gpt.Runtime, path: Path
+) -> tuple[Trainer, Evaluator]:
+    """A trainer that has not begun, its graphs compiled and its log opened at `path`."""
+    log = train_gpt.Log(path)
+    log.event("run", run_id=path.stem)
+    for f in fields(hp):
+        log.event("config", name=f.name, value=str(getattr(hp, f.name)), source="branch")
+    model = train_gpt.build_model(hp, runtime, log)
+    trainer = Trainer(model, data, runtime, log, train_gpt.Interrupts())
+    trainer.warm_up()
+    return trainer, Evaluator(hp, data.val_tokens, data.token_bytes, runtime, log)
+
+
+def finish(settings: str, trainer: Trainer, evaluator: Evaluator, folder: Path) -> Row:
+    """Trains a branch to its end and scores it."""
+    begin = trainer.step
+    try:
+        trainer.train(evaluator, folder)
+    except FloatingPointError as error:
+        trainer.log.event("failed", text=str(error))
+        return Row(settings, trainer.step, math.nan, math.nan)
+    require(trainer.step > begin, "--at: no step of the run is left for the branches: lower it")
+    return Row(settings, trainer.step, *score(trainer, evaluator))
+
+
+def compare(
+    hp: Hyperparameters, branches: Sequence[tuple[str, Hyperparameters]], at: float, folder: Path
+) -> Iterator[Row]:
+    """Trains the trunk, then yields what comes of each branch. Raises UserError."""
+    runtime = train_gpt.Runtime.start(hp)
+    hp, data = train_gpt.open_data(hp, runtime)
+    try:
+        folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror}: choose another") from None
-    comparison = Comparison(hp, sources, args.output)
-    start = comparison.trunk(args.at)
-    return [
-        comparison.branch(label, branch, start)
-        for label, branch in zip(labels(texts), branches, strict=True)
-    ]
+        raise UserError(f"--output {folder}: {error.strerror}: name a folder to make") from None
+    trunk, evaluator = prepare(hp, data, runtime, folder / "trunk.txt")
+    weights = trunk.flat.named(trunk.flat.data)
+    start = {name: w.clone() for name, w in weights.items()}
+    trunk.train(evaluator, folder, until=at)
+    moved = {name for name, w in weights.items() if not w.equal(start[name])}
+    for number, (text, branch) in enumerate(branches):
+        settings = " ".join(text.split()) or "run"
+        name = re.sub(r"[^-.,=0-9A-Za-z_]+", "_", settings)[:80]
+        branch = replace(branch, vocab_size=hp.vocab_size)
+        path = folder / f"{number}_{name}.txt"
+        trainer, evaluator = prepare(branch, data, runtime, path)
+        continue_from(trunk, moved, trainer)
+        yield finish(settings, trainer, evaluator, folder)
+
+
+def table(rows: Sequence[Row], markdown: bool) -> str:
+    """Scores, and their differences from the first row's."""
+    cells = [["", "steps", "val_bpb", "difference", "int6", "difference"]]
+    for row in rows:
+        line = [row.settings, str(row.steps)]
+        for bpb, first in ((row.val_bpb, rows[0].val_bpb), (row.int6_bpb, rows[0].int6_bpb)):
+            line += [f"{bpb:.5f}", f"{bpb - first:+.5f}"]
+        cells.append(line)
+    return format_table(cells, markdown)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        usage="compare_branches.py [options] [--SETTING VALUE ...]",
+        usage="compare_branches.py --output DIR [options] [--SETTING VALUE ...]",
+        epilog="all settings: python train_gpt.py --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--branch",
-        action="append",
-        default=[],
-        metavar="SETTINGS",
-        help="name=value, spaces between",
-    )
+    add("--branch", action="append", default=[], metavar="SETTINGS", help="name=value ...")
     add("--at", type=float, default=0.626, help="progress at which branches begin [0.626]")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make, for the logs")
-    add("--format", choices=("table", "markdown", "json"), default="table")
+    add("--format", choices=("plain", "markdown"), default="plain")
     args, settings = parser.parse_known_args(argv)
+    rows: list[Row] = []
     try:
-        rows = compare(args, settings)
+        require(os.environ.get("WORLD_SIZE", "1") == "1", "start one process, without torchrun")
+        require(0 < args.at < 1, f"--at {args.at}: must be between 0 and 1")
+        hp = read_run(settings)
+        branches = [(text, read_branch(text, hp)) for text in ("", *args.branch)]
+        for row in compare(hp, branches, args.at, args.output):
+            rows.append(row)
     except (UserError, FloatingPointError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    forms = {"table": plain_table, "markdown": markdown_table}
-    print(json.dumps(rows, indent=2) if args.format == "json" else forms[args.format](table(rows)))
+    finally:  # a signal comes as SystemExit
+        if rows:
+            train_gpt.write_aside(args.output / "table.md", table(rows, markdown=True).encode())
+            print_to_reader(table(rows, args.format == "markdown"))
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    train_gpt.Interrupts().install()
     sys.exit(main(sys.argv[1:]))
