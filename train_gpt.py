@@ -333,7 +333,8 @@ def build_parser() -> argparse.ArgumentParser:
     for f in fields(Hyperparameters):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        style = {"metavar": f.type, "default": argparse.SUPPRESS}
+        kind = str(f.type).replace("Literal", "one of ")
+        style = {"metavar": kind, "default": argparse.SUPPRESS}
         if f.type == "bool":
             style = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
         text = f"{f.metadata['text']} [{f.name.upper()}={f.default}]"
@@ -367,7 +368,7 @@ def read_configuration(
         hint = f"did you mean {near[0]}?" if near else "see --help"
         errors.append(f"unknown argument {word}: {hint}")
     variables = {name: env[name.upper()] for name in kinds if name.upper() in env}
-    given = {"flag": vars(known), "env": variables}
+    given = {"flag": known.__dict__, "env": variables}
     given["file"] = read_env_file(known.env) if known.env else {}
     for name, kind in kinds.items():
         sources[name] = next((s for s in given if name in given[s]), "default")
@@ -376,7 +377,7 @@ def read_configuration(
             if raw is not None:
                 values[name] = raw if isinstance(raw, bool) else parse_value(kind, raw)
         except (ValueError, KeyError):
-            rule = Hyperparameters.__annotations__[name].replace("bool", "bool (0, 1, false, true)")
+            rule = Hyperparameters.__annotations__[name].replace("Literal", "one of ")
             errors.append(f"{name}={raw} ({sources[name]}) is no {rule}")
     if "train_batch_tokens" not in values:
         T = max(1, values.get("train_seq_len", 2048))

@@ -100,7 +100,7 @@ def kept_names(tree: ast.Module) -> tuple[set[str], set[str]]:
         if isinstance(node, ast.ClassDef):
             fields = [s.annotation for s in node.body if isinstance(s, ast.AnnAssign)]
             types = {n.id for f in fields for n in ast.walk(f) if isinstance(n, ast.Name)}
-            top |= types.intersection(dir(builtins))
+            top |= types.intersection([*dir(builtins), "Literal"])
         if isinstance(node, ast.FunctionDef) and is_kernel(node):
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
             stored = {n.id for n in names if isinstance(n.ctx, ast.Store)}
