@@ -153,12 +153,13 @@ def test_a_branch_takes_over_what_the_trunk_has_moved(tiny, corpus, runtime):
         return train_gpt.Trainer(model, data, runtime, Lines(), train_gpt.Interrupts())
 
     trunk = trainer(feedback_mode="none")
+    trunk.elapsed = 3.0
     for step in range(2):
         trunk.take_step(step / 24)
     branch = trainer(feedback_mode="diagonal", residual_scale_init=0.9)
     moved = set(trunk.flat.shapes) - {"recurrence.residual_scale"}
     compare_branches.continue_from(trunk, moved, branch)
-    assert branch.step == 2
+    assert (branch.step, branch.elapsed) == (2, 3.0)
     assert (branch.model.recurrence.residual_scale == 0.9).all()
     assert (branch.flat.named(branch.average.result())["recurrence.d"] == 1).all()
     old, new = (compare_branches.flat_state(t) for t in (trunk, branch))
