@@ -213,7 +213,7 @@ def measure_evaluation(trainer: Trainer, evaluator: Evaluator) -> dict[str, floa
 def describe(trainer: Trainer) -> dict[str, Any]:
     """What the figures depend on."""
     hp, runtime, model = trainer.hp, trainer.runtime, trainer.model
-    device = "CPU, with the demo's sizes: no figure here is the recipe's"
+    device = "CPU, by default with the demo's sizes: no figure here is the recipe's"
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name()
     code = Path(train_gpt.__file__).read_bytes()
