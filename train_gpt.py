@@ -687,13 +687,14 @@ class Data(NamedTuple):
 
 
 def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, Data]:
-    """Opens and checks all data before anything expensive; the settings get the vocabulary's size.
+    """Opens and checks all data before anything expensive; the settings get what the data tell.
 
     Raises UserError."""
-    tokenizer, largest, facts, loader = load_tokenizer(find_tokenizer(hp)), 0, [], None
-    pieces, T = tokenizer.vocab_size(), hp.train_seq_len
-    hp = replace(hp, vocab_size=hp.vocab_size or pieces)
-    text = f"tokenizer_path={find_tokenizer(hp)} has {pieces} pieces, not vocab_size"
+    path, largest, facts, loader = find_tokenizer(hp), 0, [], None
+    tokenizer, T = load_tokenizer(path), hp.train_seq_len
+    pieces = tokenizer.vocab_size()
+    hp = replace(hp, vocab_size=hp.vocab_size or pieces, tokenizer_path=str(path))
+    text = f"tokenizer_path={path} has {pieces} pieces, not vocab_size"
     require(pieces == hp.vocab_size, f"{text}={hp.vocab_size}: use the tokenizer of that size")
     for split in ("val",) if hp.evaluate else ("train", "val"):
         paths = find_data_shards(Path(hp.data_path), split)

@@ -121,7 +121,7 @@ def remarks(run: Run) -> Iterator[str]:
     if cap is not None and seconds > cap:
         yield (
             f"training took {seconds:.3f} s, {seconds - cap:.3f} s more than its wall clock of "
-            f"{cap:g} s: its last steps were slow (--reserve-seconds leaves room for them)"
+            f"{cap:g} s: its last steps were slow (a lower --max-wallclock-seconds leaves room)"
         )
     if trained != scored:
         yield f"trained with {trained} passes at the end, scored with {scored}"

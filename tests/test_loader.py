@@ -107,7 +107,7 @@ def test_a_folder_brings_its_tokenizer_and_that_the_size(folder, tiny, runtime):
     hp = tiny(data_path=str(folder), tokenizer_path=None, vocab_size=None)
     assert find_tokenizer(hp) == folder / "tokenizer.model"
     hp, data = open_data(hp, runtime)
-    assert hp.vocab_size == 320
+    assert (hp.vocab_size, hp.tokenizer_path) == (320, str(folder / "tokenizer.model"))
     assert [facts["split"] for facts in data.facts] == ["train", "val"]
     assert data.facts[1]["tokens"] == len(data.val_tokens)
     _, evaluated = open_data(replace(hp, evaluate="x"), runtime)

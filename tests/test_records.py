@@ -108,7 +108,7 @@ def test_what_is_to_be_said_is_said_and_not_refused(source, tmp_path, capsys):
     assert len(remarks) == 3
     for text in (
         "seed 1: training took 0.760 s, 0.060 s more than its wall clock of 0.7 s: its last steps "
-        "were slow (--reserve-seconds leaves room for them)",
+        "were slow (a lower --max-wallclock-seconds leaves room)",
         "seed 1: trained with 2 passes at the end, scored with 3",
         "seed 1: its log warns: no room",
     ):
