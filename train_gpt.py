@@ -463,7 +463,9 @@ def log_text(value: Any) -> str:
         return ",".join(map(log_text, value)) or "none"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return quote(str(value), safe="!\"#$&'()*+,-./:;<=>?@[]^_`{|}~") or "none"
+    safe = "!\"#$&'()*+,-./:;<=>?@[]^_`{|}~"
+    # A path's bytes that are no UTF-8 are Python's lone surrogates; they are written as the bytes.
+    return quote(str(value), safe=safe, errors="surrogateescape") or "none"
 
 
 class Log:

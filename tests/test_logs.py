@@ -124,6 +124,10 @@ def script(name: str, *arguments: object, **variables: str) -> subprocess.Comple
 # ------------------------------------------------------------------------------------- the parser
 
 
+def test_a_name_that_is_not_utf8_can_be_logged():
+    assert train_gpt.log_text("data/o_\udcff") == "data/o_%FF"
+
+
 def test_the_parser_is_the_inverse_of_the_writer(tmp_path, capsys):
     rng = random.Random(0)
     alphabet = "ab:,=%/\\ \t\n\r\x00\x1f\x85\u2028é漢🙂'\"#[]{}" + "none"
