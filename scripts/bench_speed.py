@@ -29,7 +29,6 @@ model FLOP/s over the device's dense bfloat16 peak.
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -99,7 +98,7 @@ def build(hp: Hyperparameters, runtime: Runtime) -> tuple[Trainer, Evaluator]:
     data = train_gpt.Data(loader, val_tokens, OneByteEach(), [])
     model = train_gpt.build_model(hp, runtime, log)
     trainer = Trainer(model, data, runtime, log, train_gpt.Interrupts())
-    return trainer, Evaluator(hp, val_tokens, data.token_bytes, runtime, log)
+    return trainer, Evaluator(hp, data, runtime, log)
 
 
 def model_flops(hp: Hyperparameters, passes: int) -> dict[str, int]:
@@ -112,7 +111,7 @@ def model_flops(hp: Hyperparameters, passes: int) -> dict[str, int]:
             weights += size // hp.num_layers * layers
         elif parameter.group == "projection":
             weights += size
-        elif name in ("recurrence.U", "recurrence.V"):
+        elif name in ("feedback_U", "feedback_V"):
             weights += size * (passes - 1)
     of_token = {
         "matrices": 6 * weights,
@@ -199,10 +198,10 @@ def profile_step(trainer: Trainer) -> list[dict[str, Any]]:
 def measure_evaluation(trainer: Trainer, evaluator: Evaluator) -> dict[str, float]:
     """Seconds a chunk of sliding windows, and of the SGD that test-time training adds to them."""
     hp, device = evaluator.hp, trainer.runtime.device
-    model, passes = copy.deepcopy(trainer.model), hp.eval_passes or hp.growth[-1][1]
+    model, passes = trainer.model, hp.eval_passes or hp.growth[-1][1]
     # The first call of each is not timed.
     score = partial(evaluator.run, "sliding", model, hp.eval_stride, passes)
-    adapt = partial(evaluator.run_ttt, model, passes, math.inf)
+    adapt = partial(evaluator.run_ttt, model, trainer.flat, passes, math.inf)
     _, scoring = lap_seconds(score, 2, device)
     _, both = lap_seconds(adapt, 2, device)
     chunks = math.ceil(evaluator.num_targets / hp.ttt_chunk_tokens)

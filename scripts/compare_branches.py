@@ -88,7 +88,7 @@ def flat_state(trainer: Trainer) -> dict[str, Tensor]:
 
     AdamW's moments are copies; they are zeros before its first step.
     """
-    flat, adam, state = trainer.flat, trainer.optimizer.adam, train_gpt.run_tensors(trainer)
+    flat, adam, state = trainer.flat, trainer.optimizer.adam, train_gpt.run_state(trainer)[1]
     for kind in MOMENTS:
         state[kind] = torch.zeros_like(flat.data)
         for group, settings in zip(train_gpt.ADAM_GROUPS, adam.param_groups, strict=True):
@@ -151,7 +151,7 @@ def prepare(
     model = train_gpt.build_model(hp, runtime, log)
     trainer = Trainer(model, data, runtime, log, train_gpt.Interrupts())
     trainer.warm_up()
-    return trainer, Evaluator(hp, data.val_tokens, data.token_bytes, runtime, log)
+    return trainer, Evaluator(hp, data, runtime, log)
 
 
 def finish(settings: str, trainer: Trainer, evaluator: Evaluator, folder: Path) -> Row:

@@ -34,6 +34,9 @@ SETTINGS = {
     "train_batch_tokens": 256, "micro_batch_tokens": 128, "iterations": 24,
     "max_wallclock_seconds": None, "eval_stride": 8, "eval_batch_seqs": 16,
     "ttt_chunk_tokens": 256, "ttt_batch_seqs": 4,
+    # All parts of the recurrence, so that each is tested.
+    "passes_schedule": "0.0:1,0.626:2,0.813:3", "residual_scale_init": 0.5,
+    "feedback_mode": "diagonal",
 }  # fmt: skip
 SHALLOW = {"num_layers": 5, "core_start": 1, "core_end": 3, "ve_layers": "3,4"}
 

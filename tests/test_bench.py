@@ -157,11 +157,11 @@ def test_a_branch_takes_over_what_the_trunk_has_moved(tiny, corpus, runtime):
     for step in range(2):
         trunk.take_step(step / 24)
     branch = trainer(feedback_mode="diagonal", residual_scale_init=0.9)
-    moved = set(trunk.flat.shapes) - {"recurrence.residual_scale"}
+    moved = set(trunk.flat.shapes) - {"residual_scale"}
     compare_branches.continue_from(trunk, moved, branch)
     assert (branch.step, branch.elapsed) == (2, 3.0)
-    assert (branch.model.recurrence.residual_scale == 0.9).all()
-    assert (branch.flat.named(branch.average.result())["recurrence.d"] == 1).all()
+    assert (branch.model.residual_scale == 0.9).all()
+    assert (branch.flat.named(branch.average.result())["feedback_d"] == 1).all()
     old, new = (compare_branches.flat_state(t) for t in (trunk, branch))
     for kind in ("data", "momentum", "swa", "exp_avg", "exp_avg_sq"):
         before, after = trunk.flat.named(old[kind]), branch.flat.named(new[kind])

@@ -1,11 +1,12 @@
 """Settings: where values come from, what is refused, and what the user is told."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
+from conftest import ROOT
 
-from train_gpt import Hyperparameters, UserError, read_configuration
+from train_gpt import Hyperparameters, UserError, parameter_table, read_configuration
 
 FIELDS = {f.name for f in fields(Hyperparameters)}
 
@@ -44,12 +45,19 @@ def test_a_file_that_is_no_list_of_settings_is_refused(tmp_path):
     assert "cannot be read" in mistakes({}, "--env", str(tmp_path / "none"))
 
 
-def test_the_reference_launch_is_the_default():
-    launch = (
-        "--feedback-mode diagonal --feedback-rank 2 --residual-scale-init 0.5 "
-        "--jacobian-proxy-weight 0.01 --no-interpass-rmsnorm"
-    )
-    assert read_configuration({"WORLD_SIZE": "8"}, launch.split())[0] == Hyperparameters()
+def test_the_recurrence_as_published_is_one_flag_away():
+    """PR 1230: 1, 2, then 3 damped passes with diagonal error feedback and the proxy."""
+    argv = ["--env", str(ROOT / "scripts" / "pr1230.env")]
+    published, sources = read_configuration({"WORLD_SIZE": "8"}, argv)
+    assert published == Hyperparameters(
+        passes_schedule="0.0:1,0.626:2,0.813:3", residual_scale_init=0.5,
+        feedback_mode="diagonal", feedback_rank=2, jacobian_proxy_weight=0.01,
+    )  # fmt: skip
+    assert published.growth == ((0.0, 1), (0.626, 2), (0.813, 3))
+    assert [name for name, source in sources.items() if source == "file"]
+    assert set(parameter_table(replace(published, vocab_size=1024))) >= {
+        "residual_scale", "feedback_U", "feedback_V", "feedback_d",
+    }  # fmt: skip
 
 
 def test_a_process_takes_98304_tokens_a_step_unless_told_otherwise():
@@ -69,8 +77,8 @@ def test_booleans_and_optional_values():
         assert read_configuration({"SHUFFLE": text}, [])[0].shuffle is value
     for text in ("2", "yes", "", "off", "None"):
         assert "shuffle" in mistakes({"SHUFFLE": text})
-    hp, _ = read_configuration({"SHUFFLE": "1"}, ["--no-shuffle", "--interpass-rmsnorm"])
-    assert (hp.shuffle, hp.interpass_rmsnorm) == (False, True)
+    hp, _ = read_configuration({"SHUFFLE": "1"}, ["--no-shuffle", "--sliding-eval"])
+    assert (hp.shuffle, hp.sliding_eval) == (False, True)
     hp, _ = read_configuration({"MAX_WALLCLOCK_SECONDS": "none"}, ["--iterations", "5"])
     assert (hp.max_wallclock_seconds, hp.iterations) == (None, 5)
 
@@ -129,7 +137,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, named):
         "", "1", "0.0", "0.0:", ":1", "0.0:one", "0.0:1;0.5:2", "0.0:1,", "0.0:1.5", "nan.:1",
         "0.0:0", "0.0:1,0.5:65", "0.0:-1",  # passes
         "0.1:1,0.5:2", "5:1", "0.0:1,0.6:2,0.5:3", "0.0:1,0.5:2,0.5:3", "0:1,-5:2",  # starts
-        "0.0:1,1.0:2", "0.0:1,1.5:2", "0:1,0.5:2,4500:3",  # fractions
+        "0.0:1,1.0:2", "0.0:1,1.5:2", "0:1,4500:2",  # no fractions
     ],
 )  # fmt: skip
 def test_a_bad_growth_schedule_is_refused(schedule):
@@ -137,10 +145,9 @@ def test_a_bad_growth_schedule_is_refused(schedule):
     assert re.search(rf"passes_schedule={re.escape(schedule)}[,:] ", text)
 
 
-def test_growth_is_a_list_of_steps_or_fractions():
+def test_growth_is_a_list_of_fractions():
     for text, growth in (
         ("0.0:1,0.626:2,0.813:3", ((0.0, 1), (0.626, 2), (0.813, 3))),
-        ("0:1,4500:2,5500:3", ((0, 1), (4500, 2), (5500, 3))),
         ("0:2", ((0, 2),)),
     ):
         assert read_configuration({"PASSES_SCHEDULE": text}, [])[0].growth == growth

@@ -14,7 +14,6 @@ import train_gpt
 from train_gpt import (
     BANKS,
     GPT,
-    NEWTON_SCHULZ,
     Evaluator,
     FlatParameters,
     Interrupts,
@@ -31,6 +30,9 @@ from train_gpt import (
 # ----------------------------------------------------------------------------------- Newton-Schulz
 
 
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (2, 24, 24), (1, 1, 7)])
 def test_newton_schulz_keeps_directions_and_levels_singular_values(shape, dtype):
@@ -40,7 +42,7 @@ def test_newton_schulz_keeps_directions_and_levels_singular_values(shape, dtype)
     U, S, Vh = torch.linalg.svd(g, full_matrices=False)
     S = torch.linspace(1, 0.02, S.size(1), dtype=torch.float64).expand_as(S)
     g = 1e-3 * (U * S.unsqueeze(1)) @ Vh
-    out = newton_schulz(g.float(), 5, dtype).double()
+    out = newton_schulz(g.float(), dtype).double()
     levels = torch.linalg.svdvals(out)
     assert levels.min() > 0.65
     assert levels.max() < 1.25
@@ -54,17 +56,17 @@ def test_newton_schulz_applies_the_polynomial_to_each_singular_value():
     g = torch.randn(4, 12, 20, generator=generator, dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(g, full_matrices=False)
     x = S / S.norm(dim=1, keepdim=True)
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = QUINTIC
     for _ in range(3):
         x = a * x + b * x**3 + c * x**5
     expected = (U * x.unsqueeze(1)) @ Vh
-    torch.testing.assert_close(newton_schulz(g, 3, torch.float64), expected, rtol=1e-6, atol=1e-6)
-    tall = newton_schulz(g.mT, 3, torch.float64)
+    torch.testing.assert_close(newton_schulz(g, torch.float64, 3), expected, rtol=1e-6, atol=1e-6)
+    tall = newton_schulz(g.mT, torch.float64, 3)
     torch.testing.assert_close(tall, expected.mT, rtol=1e-6, atol=1e-6)
 
 
 def test_newton_schulz_of_zero_is_zero():
-    assert newton_schulz(torch.zeros(2, 4, 6), 5, torch.float32).count_nonzero() == 0
+    assert newton_schulz(torch.zeros(2, 4, 6), torch.float32).count_nonzero() == 0
 
 
 # ------------------------------------------------------------------------------------- parameters
@@ -117,15 +119,14 @@ def test_adamw_moves_every_other_parameter_and_decays_no_scalar(tiny, runtime, c
         torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-6, msg=name)
 
 
-def muon_reference(w, grads, lr: float, momentum: float, decay: float, row_norm: bool):
+def muon_reference(w, grads, lr: float, momentum: float, decay: float):
     """Muon's steps on one matrix in float64, one after the other."""
     w, buffer = w.double(), torch.zeros_like(w, dtype=torch.float64)
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = QUINTIC
     for g in grads:
         buffer = momentum * buffer + g.double()
         update = g.double() + momentum * buffer  # Nesterov
-        if row_norm:
-            update = torch.stack([row / row.norm() for row in update])
+        update = torch.stack([row / row.norm() for row in update])  # MuonEq-R
         U, S, Vh = torch.linalg.svd(update, full_matrices=False)
         x = S / S.norm()
         for _ in range(5):
@@ -145,9 +146,8 @@ def random_gradients(flat: FlatParameters, seed: int) -> torch.Tensor:
     return grad
 
 
-@pytest.mark.parametrize("row_norm", [False, True])
-def test_muon_is_the_textbook_one(tiny, runtime, row_norm):
-    hp = tiny(grad_clip_norm=1e30, matrix_lr=0.1, muon_wd=0.3, muon_row_norm=row_norm)
+def test_muon_is_the_textbook_one(tiny, runtime):
+    hp = tiny(grad_clip_norm=1e30, matrix_lr=0.1, muon_wd=0.3)
     torch.manual_seed(0)
     model = GPT(hp)
     flat = FlatParameters(model)
@@ -159,7 +159,7 @@ def test_muon_is_the_textbook_one(tiny, runtime, row_norm):
     for bank in BANKS:
         for row in (0, -1):
             own = [flat.named(g)[bank][row] for g in grads]
-            expected = muon_reference(flat.named(start)[bank][row], own, 0.05, 0.9, 0.3, row_norm)
+            expected = muon_reference(flat.named(start)[bank][row], own, 0.05, 0.9, 0.3)
             result = flat.named(flat.data)[bank][row].double()
             torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
@@ -247,8 +247,6 @@ def test_the_momentum_remembers_a_fraction_of_the_run(tiny, steps):
 
 
 def test_the_plan_follows_its_settings(tiny):
-    by_steps = tiny(passes_schedule="0:1,30:2,50:3")
-    assert [plan_step(by_steps, s, 0.9).num_passes for s in (0, 29, 30, 49, 50)] == [1, 1, 2, 2, 3]
     by_progress = tiny(passes_schedule="0.0:2,0.5:1")
     grown = [plan_step(by_progress, 10**6, p).num_passes for p in (0.0, 0.49, 0.5, 1.0)]
     assert grown == [2, 2, 1, 1]
@@ -365,8 +363,8 @@ def trainer(tiny, runtime):
 
 
 def finish(one: Trainer, folder=None) -> bool:
-    tokens = one.data.val_tokens[:100]
-    evaluator = Evaluator(one.hp, tokens, one.data.token_bytes, one.runtime, one.log)
+    data = one.data._replace(val_tokens=one.data.val_tokens[:100])
+    evaluator = Evaluator(one.hp, data, one.runtime, one.log)
     return one.train(evaluator, folder)
 
 
@@ -381,7 +379,7 @@ def test_each_step_follows_the_plan(trainer):
     assert counts == [3, 1, 1]
     logged = [pairs for pairs in one.log.of("") if "train_loss" in pairs]
     assert [pairs["step"] for pairs in logged] == [f"{s}/20" for s in (1, 4, 8, 10, 12, 16, 20)]
-    assert logged[-1]["residual_scale"] == one.model.recurrence.residual_scale.tolist()
+    assert logged[-1]["residual_scale"] == one.model.residual_scale.tolist()
 
 
 def test_qat_reaches_the_model(trainer):
@@ -452,9 +450,7 @@ def test_the_average_is_what_training_leaves_to_export(trainer, kind):
         assert (result - one.weights[-1]).norm() > 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize(
-    "schedule", ["0.0:1,0.626:2,0.813:3", "0:1,30:2,50:3", "0.0:3,0.97:1", "0.0:1,0.9995:2"]
-)
+@pytest.mark.parametrize("schedule", ["0.0:1,0.626:2,0.813:3", "0.0:3,0.97:1", "0.0:1,0.9995:2"])
 def test_the_warm_up_runs_every_graph_of_a_run(trainer, schedule):
     """No step of a run of any length needs a (passes, QAT) that the warm-up did not run."""
     one = trainer(Idle, passes_schedule=schedule, warmup_steps=1)
@@ -494,10 +490,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_step(trainer, step
 @pytest.mark.parametrize(
     ("schedule", "asked", "passes", "warning"),
     [
-        ("0:1,120:2,5000:3", None, 2, None),
-        ("0:1,120:2,5000:3", 1, 1, None),
-        ("0:1,120:2,5000:3", 3, 3, "with 3 passes, training reached 2"),
-        ("0:1,149:2", None, 2, "only the last 1 of 150 steps had 2 passes"),
+        ("0:1,0.8:2,0.999:3", None, 2, None),
+        ("0:1,0.8:2,0.999:3", 1, 1, None),
+        ("0:1,0.8:2,0.999:3", 3, 3, "with 3 passes, and only the last 30 of 150 steps had 2"),
+        ("0:1,0.993:2", None, 2, "only the last 1 of 150 steps had 2"),
         ("0:3", None, 3, None),
     ],
 )
@@ -601,11 +597,10 @@ def test_a_signal_in_the_last_step_is_noticed(trainer):
 
     def interrupt() -> None:
         if len(one.inputs) == 3:
-            one.interrupts.handle(signal.SIGTERM, None)
+            one.stop.handle(signal.SIGTERM, None)
 
-    one.before_step = interrupt
-    with one.interrupts.deferred("it ends"):
-        assert finish(one) is True
+    one.before_step, one.stop.advice = interrupt, "it ends"
+    assert finish(one) is True
     assert one.log.of("stop")[0]["interrupted"] == 1
 
 
