@@ -139,7 +139,7 @@ class Hyperparameters:
 
     core_start: int = opt(4, "first layer of the core", group="recurrence")
     core_end: int = opt(7, "layer after the core's last", 1)
-    passes_schedule: str = opt("0.0:1,0.6:2", "start:passes, ...; starts are fractions")
+    passes_schedule: str = opt("0.0:1,0.6:2,0.85:3", "start:passes, ...; starts are fractions")
     num_passes: int | None = opt(None, "fixed passes in training; none: the schedule's", 1)
     eval_passes: int | None = opt(None, "passes in evaluation; none: as training ended", 1)
     residual_scale_init: float = opt(1.0, "start of each later pass's scale", -math.inf)
@@ -491,19 +491,22 @@ def open_data_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(head[2],))
 
 
-def open_split(hp: Hyperparameters, split: str) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """The shards of split `train` or `val`, and the facts that the log tells. Raises UserError.
-
-    The fingerprint hashes every shard's name, length and 4,096 tokens at each end."""
-    paths, digest = sorted(Path(hp.data_path).glob(f"fineweb_{split}_*.bin")), hashlib.sha256()
+def find_data_shards(data_path: Path, split: str) -> list[Path]:
+    """The shards of split `train` or `val`, in order. Raises UserError if there are none."""
+    paths = sorted(data_path.glob(f"fineweb_{split}_*.bin"))
     remedy = "run data/download_fineweb.py or data/prepare_text.py, or set DATA_PATH"
-    require(bool(paths), f"data_path={hp.data_path} holds no fineweb_{split}_*.bin: {remedy}")
-    shards = [open_data_shard(path) for path in paths]
-    for path, tokens in zip(paths, shards, strict=True):
+    require(bool(paths), f"data_path={data_path} holds no fineweb_{split}_*.bin: {remedy}")
+    return paths
+
+
+def data_fingerprint(paths: Sequence[Path]) -> str:
+    """A hash of every shard's name, length and 4,096 tokens at each end: 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        tokens = open_data_shard(path)
         digest.update(f"{path.name}:{len(tokens)}:".encode())
         digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
-    facts = {"split": split, "shards": len(shards), "tokens": sum(map(len, shards))}
-    return shards, facts | {"fingerprint": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
 
 
 def find_tokenizer(hp: Hyperparameters) -> Path:
@@ -513,22 +516,25 @@ def find_tokenizer(hp: Hyperparameters) -> Path:
     return Path(hp.tokenizer_path or default)
 
 
-def load_tokenizer(path: Path, data_path: Path) -> spm.SentencePieceProcessor:
-    """The SentencePiece model at `path`. Raises UserError, also where the manifest beside the
-    shards, which data/prepare_text.py writes, names another one."""
-    tokenizer, name, known = spm.SentencePieceProcessor(), f"tokenizer_path={path}", None
+def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
+    """The SentencePiece model at `path`. Raises UserError."""
+    tokenizer, name = spm.SentencePieceProcessor(), f"tokenizer_path={path}"
     try:
-        model = path.read_bytes()
-        tokenizer.LoadFromSerializedProto(model)
+        tokenizer.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, OSError):
         raise UserError(f"{name} is no SentencePiece model: set TOKENIZER_PATH") from None
     has_space = not tokenizer.IsUnknown(tokenizer.PieceToId("▁"))
     require(has_space, f"{name} has no piece for the space, so that bytes would be miscounted")
+    return tokenizer
+
+
+def check_tokenizer(path: Path, data_path: Path) -> None:
+    """Raises UserError if the manifest beside the shards (data/prepare_text.py) names another."""
+    known = None
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         known = json.loads((data_path / "manifest.json").read_bytes())["tokenizer"]["sha256"]
-    same = known in (None, hashlib.sha256(model).hexdigest())
-    require(same, f"{name} is not the one that the data's manifest.json names: use that one")
-    return tokenizer
+    same = known in (None, hashlib.sha256(path.read_bytes()).hexdigest())
+    require(same, f"tokenizer_path={path} is not the one that manifest.json names: use that one")
 
 
 class TokenBytes:
@@ -607,15 +613,18 @@ def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, D
 
     Raises UserError."""
     path, largest, facts, loader = find_tokenizer(hp), 0, [], None
-    tokenizer, T = load_tokenizer(path, Path(hp.data_path)), hp.train_seq_len
+    tokenizer, folder, T = load_tokenizer(path), Path(hp.data_path), hp.train_seq_len
+    check_tokenizer(path, folder)
     pieces = tokenizer.vocab_size()
     text = f"tokenizer_path={path} has {pieces} pieces"
     right = hp.vocab_size in (None, pieces)
     require(right, f"{text}, not vocab_size={hp.vocab_size}: use one of that size")
     hp = replace(hp, vocab_size=pieces, tokenizer_path=str(path))
     for split in ("val",) if hp.evaluate else ("train", "val"):
-        shards, found = open_split(hp, split)
-        facts.append(found)
+        paths = find_data_shards(folder, split)
+        shards = [open_data_shard(path) for path in paths]
+        counts = {"shards": len(shards), "tokens": sum(map(len, shards))}
+        facts.append({"split": split, **counts, "fingerprint": data_fingerprint(paths)})
         mine = shards[runtime.rank % len(shards) :: runtime.world_size]  # ranks share the reading
         largest = max(largest, *(int(shard.max()) for shard in mine))
         if split == "train":

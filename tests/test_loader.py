@@ -17,11 +17,12 @@ from train_gpt import (
     Runtime,
     TokenBytes,
     UserError,
+    data_fingerprint,
+    find_data_shards,
     find_tokenizer,
     load_tokenizer,
     open_data,
     open_data_shard,
-    open_split,
 )
 
 # ------------------------------------------------------------------------------------- shards
@@ -63,29 +64,25 @@ def test_a_bad_shard_is_named_with_the_remedy(tmp_path, content):
         open_data_shard(path)
 
 
-def test_shards_are_found_in_order_or_named_with_the_remedy(tiny, tmp_path):
-    hp = tiny(data_path=str(tmp_path))
-    for number in (10, 2, 0):
-        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", np.full(9, number))
-    shards, facts = open_split(hp, "train")
-    assert [int(shard[0]) for shard in shards] == [0, 2, 10]
-    assert (facts["split"], facts["shards"], facts["tokens"]) == ("train", 3, 27)
+def test_shards_are_found_in_order_or_named_with_the_remedy(tmp_path):
+    for name in ("train_000010", "train_000002", "train_000000"):
+        write_shard(tmp_path / f"fineweb_{name}.bin", np.arange(9))
+    names = [path.stem for path in find_data_shards(tmp_path, "train")]
+    assert names == ["fineweb_train_000000", "fineweb_train_000002", "fineweb_train_000010"]
     with pytest.raises(UserError, match=r"fineweb_val_\*\.bin.*data/.*\.py"):
-        open_split(hp, "val")
+        find_data_shards(tmp_path, "val")
 
 
-def test_the_fingerprint_tells_shards_apart(tiny, tmp_path):
-    tokens, hp = np.arange(10_000), tiny(data_path=str(tmp_path))
-
-    def fingerprint(content: np.ndarray) -> str:
-        write_shard(tmp_path / "fineweb_train_000000.bin", content)
-        return open_split(hp, "train")[1]["fingerprint"]
-
-    prints = {fingerprint(tokens)}
-    assert fingerprint(tokens) in prints
+def test_the_fingerprint_tells_shards_apart(tmp_path):
+    tokens = np.arange(10_000)
+    path = write_shard(tmp_path / "a.bin", tokens)
+    prints = {data_fingerprint([path])}
+    assert data_fingerprint([path]) in prints
     for place in (0, 4095, 9999):
-        prints.add(fingerprint(np.where(np.arange(10_000) == place, 7, tokens)))
-    prints.add(fingerprint(tokens[:-1]))
+        write_shard(path, np.where(np.arange(10_000) == place, 7, tokens))
+        prints.add(data_fingerprint([path]))
+    write_shard(path, tokens[:-1])
+    prints.add(data_fingerprint([path]))
     assert len(prints) == 5
 
 
@@ -159,7 +156,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(corpus, tmp_path):
     for content in (b"", b"no model", corpus.tokenizer_path.read_bytes()[:5000]):
         foreign.write_bytes(content)
         with pytest.raises(UserError, match=r"foreign\.model"):
-            load_tokenizer(foreign, tmp_path)
+            load_tokenizer(foreign)
 
 
 # -------------------------------------------------------------------------------------- order
