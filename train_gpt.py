@@ -291,7 +291,9 @@ def read_env_file(path: str) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise UserError(f"env={path} cannot be read ({error}): name a text file") from None
     pairs = [line.split("=", 1) for line in lines if "=" in line and line[0] != "#"]
-    settings = {name.strip().lower(): value.strip() for name, value in pairs}
+    # As a shell reads them: `export` and quotes around a value mean nothing.
+    names = [name.strip().removeprefix("export ").strip().lower() for name, _ in pairs]
+    settings = dict(zip(names, (value.strip(" \t\"'") for _, value in pairs), strict=True))
     unknown = settings.keys() - {f.name for f in fields(Hyperparameters)}
     require(not unknown, f"env={path} has no settings {', '.join(unknown)}: see --help")
     return settings
@@ -305,7 +307,8 @@ def read_configuration(
     Raises UserError with every mistake at once."""
     flags, unknown = build_parser().parse_known_args(argv)
     kinds, rules, errors = get_type_hints(Hyperparameters), Hyperparameters.__annotations__, []
-    for word in unknown:
+    flags_only = [word for word in unknown if word.startswith("-")]
+    for word in flags_only or unknown:  # a word after a flag is its value
         near = difflib.get_close_matches(word, ["--" + n.replace("_", "-") for n in kinds], 1)
         errors.append(f"unknown argument {word}: did you mean {near[0] if near else '--help'}?")
     variables = {name: env[name.upper()] for name in kinds if name.upper() in env}
@@ -831,11 +834,16 @@ def embed(
     return (1 - g) * x + g * F.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
+def next_token_logits(x: Tensor, table: Tensor, softcap: float) -> Tensor:
+    """The tied head, bounded by a softcap (Gemma 2): x (..., D) -> (..., V) float32."""
+    logits = F.linear(rms_norm(x), table.to(x.dtype)).float()
+    return softcap * torch.tanh(logits / softcap)
+
+
 @region
 def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> Tensor:
     """Cross-entropy in nats of each target: x (B*T, D), targets (B*T,) -> (B*T,) float32."""
-    logits = F.linear(rms_norm(x), table.to(x.dtype)).float()
-    logits = softcap * torch.tanh(logits / softcap)
+    logits = next_token_logits(x, table, softcap)
     return F.cross_entropy(logits, targets.long(), reduction="none")
 
 
@@ -1012,14 +1020,12 @@ class GPT(nn.Module):
                 values[i] = (value, scale)
         return values
 
-    def forward(
-        self, ids: Tensor, targets: Tensor, num_passes: int,
-        qat_floor: Tensor | None = None, score_last: int | None = None,
-    ) -> tuple[Tensor, Stability]:  # fmt: skip
-        """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
-
-        score_last: score only so many last positions -> (B, score_last)."""
-        hp, rope = self.hp, (self.cos, self.sin, self.hp.rope_dims // 2)
+    def hidden(
+        self, ids: Tensor, num_passes: int, qat_floor: Tensor | None = None
+    ) -> tuple[Tensor, Stability]:
+        """ids (B, T) int32 -> the tail's output (B, T, D), and the stability of the passes."""
+        hp, T = self.hp, ids.size(1)
+        rope = (self.cos[:T], self.sin[:T], hp.rope_dims // 2)
         bigram, feedback = self.parameters_of("bigram_"), self.parameters_of("feedback_")
         x0 = embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
         layers, values = self.layers(qat_floor), self.value_embeddings(ids)
@@ -1034,11 +1040,25 @@ class GPT(nn.Module):
         h, stability = recurrence(stem[-1], core, num_passes, self.residual_scale, feedback)
         # The tail's first layer gets the stem's last output (U-Net skips, Ronneberger et al. 2015).
         skips = zip(stem[:0:-1], self.skip_weight.to(self.dtype).unbind(), strict=False)
-        x = run(h, hp.core_end, hp.num_layers, [*skips])[-1]
+        return run(h, hp.core_end, hp.num_layers, [*skips])[-1], stability
+
+    def logits(self, ids: Tensor, num_passes: int) -> Tensor:
+        """ids (B, T) int32 -> the logits of each next token (B, T, V) float32."""
+        x, _ = self.hidden(ids, num_passes)
+        return next_token_logits(x, self.tok_emb, self.hp.logit_softcap)
+
+    def forward(
+        self, ids: Tensor, targets: Tensor, num_passes: int,
+        qat_floor: Tensor | None = None, score_last: int | None = None,
+    ) -> tuple[Tensor, Stability]:  # fmt: skip
+        """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
+
+        score_last: score only so many last positions -> (B, score_last)."""
+        x, stability = self.hidden(ids, num_passes, qat_floor)
         if score_last:
             x, targets = x[:, -score_last:], targets[:, -score_last:]
         scored = any_size(x.flatten(0, 1)), any_size(targets.flatten())
-        losses = token_losses(*scored, self.tok_emb, hp.logit_softcap)
+        losses = token_losses(*scored, self.tok_emb, self.hp.logit_softcap)
         return losses.view_as(targets), stability
 
 
@@ -1283,6 +1303,11 @@ class Clock:
         self.progress = max(self.progress, min(by_time, 1.0), by_steps)  # it never goes back
         return 1.0 if over or signals else self.progress, due > 0
 
+    def forecast(self, passes: int) -> str:
+        """How the run goes on, in words."""
+        left = self.elapsed() * (1 / max(self.progress, 1e-9) - 1)
+        return f"{passes} passes, {1000 * self.recent[-1]:.0f} ms a step, {left:.0f} s left"
+
     def fields(self, step: int) -> dict[str, str]:
         """The run's time for the log."""
         spent = 1000 * self.elapsed()
@@ -1350,7 +1375,7 @@ class Trainer:
     def train(self, evaluator: Evaluator, checkpoints: Path, until: float = 1.0) -> bool:
         """Trains to the run's end, or to `until` of its progress; whether a signal ended it."""
         hp, log, clock, graphs = self.hp, self.log, Clock(self), graphs_compiled()
-        log.has_results = True
+        log.has_results, score = True, ""
         while True:
             progress, checkpoint_due = clock.read(self.step)
             if progress >= until:
@@ -1361,14 +1386,14 @@ class Trainer:
                 clock.last = time.perf_counter()  # the next step will not be as long
             sums, norm = self.take_step(progress)
             if self.step % hp.train_log_every == 0 or self.step in (1, 10):
-                self.log_step(sums, norm, clock)
+                score = self.log_step(sums, norm, clock)
             if hp.val_loss_every and self.step % hp.val_loss_every == 0:
                 self.runtime.barrier()
                 since, passes = time.perf_counter(), self.plan.num_passes
                 evaluator.run("validation", self.model, hp.train_seq_len, passes, step=self.step)
                 clock.last = time.perf_counter()
                 clock.started += clock.last - since  # it is not the run's time
-            log.progress(f"{progress:4.0%} step {self.step}, {self.plan.num_passes} passes")
+            log.progress(f"step {self.step}, {score}, {clock.forecast(self.plan.num_passes)}")
         self.check_norm(None)
         self.runtime.barrier()
         self.elapsed, memory = clock.elapsed(), 0
@@ -1419,19 +1444,21 @@ class Trainer:
             event = torch.cuda.current_stream().record_event() if norm.is_cuda else None
             self.norm_before = copied, event
 
-    def log_step(self, sums: Tensor, norm: Tensor, clock: Clock) -> None:
+    def log_step(self, sums: Tensor, norm: Tensor, clock: Clock) -> str:
+        """Logs a step in a line for people and one for plots; returns its scores in words."""
         hp, plan, step = self.hp, self.plan, self.step
         nats, text_bytes, proxy, *ratios = self.runtime.sum_(sums).tolist()
-        growth, update, feedback = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
-        self.log.event(
-            step=f"{step}/{hp.iterations}" if hp.iterations else step,
-            train_loss=f"{nats / hp.train_batch_tokens:.4f}",
-            train_bpb=f"{nats / math.log(2) / max(1, text_bytes):.4f}",
-            jacobian_proxy=proxy / hp.batch_seqs, grad_norm=norm.item(), lr_scale=plan.lr_scale,
-            passes=plan.num_passes, qat=int(plan.qat), growth=growth, update=update,
-            feedback_norm=feedback, residual_scale=self.model.residual_scale.tolist(),
-            **clock.fields(step),
-        )  # fmt: skip
+        ratios = (np.array(ratios).reshape(3, -1) / hp.batch_seqs).tolist()
+        loss, bpb = nats / hp.train_batch_tokens, nats / math.log(2) / max(1, text_bytes)
+        facts = {"step": f"{step}/{hp.iterations}" if hp.iterations else step}
+        facts |= {"train_loss": f"{loss:.4f}", "train_bpb": f"{bpb:.4f}"}
+        facts |= {"passes": plan.num_passes, "qat": int(plan.qat), "lr_scale": plan.lr_scale}
+        self.log.event(**facts, grad_norm=norm.item(), **clock.fields(step))
+        facts = {"step": step, "jacobian_proxy": proxy / hp.batch_seqs}
+        facts |= zip(("growth", "update", "feedback_norm"), ratios, strict=True)
+        facts["residual_scale"] = self.model.residual_scale.tolist()
+        self.log.event("passes", **facts)
+        return f"loss {loss:.3f}, {bpb:.3f} bits per byte"
 
     def average_weights(self) -> int:
         """Puts the averaged weights into the model; the passes to score them with: those that are
@@ -2005,8 +2032,11 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
     cpu = f"{os.uname().machine} x{os.cpu_count()}"
     name = torch.cuda.get_device_name() if runtime.on_gpu else cpu
     log.event("device", name=name, world_size=runtime.world_size, dtype=str(runtime.dtype)[6:])
-    for f in fields(hp):  # str: a float reads back equal
-        log.event("config", name=f.name, value=str(getattr(hp, f.name)), source=sources[f.name])
+    texts = {f.name: str(getattr(hp, f.name)) for f in fields(hp)}  # a float reads back equal
+    defaults = {name: text for name, text in texts.items() if sources[name] == "default"}
+    for name in [name for name in texts if name not in defaults]:
+        log.event("config", name=name, value=texts[name], source=sources[name])
+    log.event("defaults", **defaults)
     if not runtime.on_gpu and not hp.evaluate and hp.model_dim * hp.num_layers > 4096:
         text = "a model of this size takes minutes a step on a CPU: --env scripts/demo.env is small"
         log.event("warning", text=text)
@@ -2068,6 +2098,9 @@ def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
     runtime, log, graphs = evaluator.runtime, evaluator.log, graphs_compiled()
     stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
     hp = adopt(hp, stored)
+    if hp.eval_passes > (stored.eval_passes or stored.max_passes):
+        text = f"{hp.eval_passes} passes score, {stored.eval_passes} were trained"
+        log.event("warning", text=text)
     model = build_model(hp, runtime, log)
     model.load_state_dict(tensors)
     losses = evaluator.run_all(model, FlatParameters(model), hp.eval_passes)

@@ -13,12 +13,14 @@ are percent-encoded, so they hold no white space. val_loss is in nats per token,
 per byte; train_time is the clock of training, without warm-up and validation.
 
     run, code, versions, device     what ran, when and on what
-    config name: value: source:     one setting; its source is default, env or flag
+    config name: value: source:     one setting that was given; its source is file, env or flag
+    defaults NAME:VALUE ...         all others
     data split: tokens: fingerprint:   the shards of one split
     model                           the number of parameters, and the kernels
     phase name: seconds:            the time since the phase before it ended
     progressive_passes step: num_passes:   how often the core is applied in the steps after `step`
     step:N/M train_loss: train_bpb: train_time: ...   a training step; it has no event word
+    passes step: growth: update: residual_scale: ...  of the step before it, a number for each pass
     swa, late_qat                   the step after which weight averaging, or QAT, begins
     validation step:                a score during training
     checkpoint, resume              the step at which a run was saved, or went on
@@ -257,7 +259,7 @@ def build_run(path: Path, text: str) -> Run:
     """Never fails on the content: what could not be used is in `Run.problems`."""
     *lines, cut = text.split("\n")
     parsed = [parse_line(line.rstrip("\r")) for line in lines]
-    events = [event for event in parsed if event is not None]
+    events = list(expand(parsed))
     older, problems = not any(event.name == "run" for event in events), []
     for number, (line, event) in enumerate(zip(lines, parsed, strict=True), 1):
         # An older log has its source and free text between the lines, and the last line of a
@@ -274,6 +276,20 @@ def build_run(path: Path, text: str) -> Run:
     collect(run)
     run.missing = list(find_missing(run))
     return run
+
+
+def expand(events: Sequence[Event | None]) -> Iterator[Event]:
+    """The events as older logs have them: a config line for each default, one line a step."""
+    step: Event | None = None
+    for event in filter(None, events):
+        if event.name == "defaults":
+            for name, value in event.pairs.items():
+                yield Event("config", {"name": name, "value": value, "source": "default"})
+        elif event.name == "passes" and step and event.step == step.step:
+            step.pairs.update(event.pairs, step=step.pairs["step"])
+        else:
+            step = event if event.name == "" else step
+            yield event
 
 
 def collect(run: Run) -> None:

@@ -30,11 +30,12 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file_and_that_over_the_de
 
 
 def test_the_file_of_a_windows_editor_reads_like_any_other(tmp_path):
-    """A byte order mark, carriage returns, comments, blank lines, `=` in a value."""
+    """A byte order mark, carriage returns, comments, blank lines, quotes, `=` in a value."""
     file = tmp_path / "a.env"
-    file.write_bytes("\ufeff# mine\r\nDATA_PATH=größe/a=b\r\n\r\nSEED = 5\r\n".encode())
+    lines = "\ufeff# mine\r\nDATA_PATH=größe/a=b\r\n\r\nSEED = 5\r\n"
+    file.write_bytes((lines + 'export RUN_ID="a b"\r\n').encode())
     hp, _ = read_configuration({}, ["--env", str(file)])
-    assert (hp.data_path, hp.seed) == ("größe/a=b", 5)
+    assert (hp.data_path, hp.seed, hp.run_id) == ("größe/a=b", 5, "a b")
 
 
 def test_a_file_that_is_no_list_of_settings_is_refused(tmp_path):
