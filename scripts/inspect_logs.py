@@ -4,6 +4,11 @@
     python scripts/inspect_logs.py NEW/*.log --against OLD/*.log
     python scripts/inspect_logs.py NEW/*.log --against-figure 1.1163,0.0013,3
     python scripts/inspect_logs.py logs/RUN.txt --baselines
+    python scripts/inspect_logs.py logs/RUN.txt --tensorboard logs/board --follow
+
+--tensorboard writes what TensorBoard shows (pip install tensorboard): loss, bits per byte, learning
+rate, milliseconds a step, what each pass does, and the scores. --follow goes on while the runs do,
+until all of them are scored.
 
 Differences are ours minus the base's, so lower is better. --baselines adds what lzma and a unigram
 model make of the same validation text; it reads the data that the log names.
@@ -48,6 +53,7 @@ import re
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -639,6 +645,58 @@ def gaps(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def scalars(run: Run) -> Iterator[tuple[str, int, float, float]]:
+    """What TensorBoard shows of a run: names, steps, values and seconds of training, in order."""
+    names = {"train_loss": "train/loss", "train_bpb": "train/bpb", "lr_scale": "train/lr_scale"}
+    names |= {"grad_norm": "train/grad_norm", "passes": "passes/number"}
+    before = StepLine(0, 0.0, Event("", {}))
+    for line in run.step_lines:
+        found = {name: line.event.number(key) for key, name in names.items()}
+        found["passes/jacobian_proxy"] = line.event.number("jacobian_proxy")
+        for key in ("growth", "update", "feedback_norm", "residual_scale"):
+            first = 2 if key == "residual_scale" else 1  # pass 1 has no scale
+            values = line.event.numbers(key)
+            found |= {f"passes/{key}_{k}": value for k, value in enumerate(values, first)}
+        if line.step > before.step:
+            spent = 1000 * (line.seconds - before.seconds)
+            found["train/ms_a_step"] = spent / (line.step - before.step)
+        before = line
+        yield from (
+            (name, line.step, v, line.seconds) for name, v in found.items() if v is not None
+        )
+    for event in run.all("validation"):
+        if None not in (event.step, event.number("val_bpb")):
+            yield "scores/validation", event.step, event.number("val_bpb"), before.seconds
+    for name, score in run.scores.items():
+        yield f"scores/{name}", run.steps or 0, score.val_bpb, before.seconds
+
+
+def write_tensorboard(paths: Sequence[Path], folder: Path, follow: bool) -> None:
+    """A folder for each log below `folder`; with `follow`, until every run is scored.
+
+    Raises LogError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise LogError("--tensorboard needs a package: pip install tensorboard") from None
+    written: set[tuple[str, str, int]] = set()
+    writers = {p: SummaryWriter(str(folder / p.parent.name / p.stem)) for p in paths}
+    while True:
+        runs = read_runs(paths)
+        for run in runs:
+            for name, step, value, seconds in scalars(run):
+                if (str(run.path), name, step) not in written:
+                    written.add((str(run.path), name, step))
+                    # So TensorBoard's relative time is the time of training.
+                    writers[run.path].add_scalar(name, value, step, walltime=seconds)
+            writers[run.path].flush()
+        going = [run for run in runs if run.missing and not run.all("failed")]
+        if not follow or not going:
+            break
+        time.sleep(2)
+    print(f"{folder}: {len(written):,} values; show them: tensorboard --logdir {folder}")
+
+
 def parse_figure(text: str) -> Spread:
     """`1.1163` or `1.1163,0.0013,3`: mean bpb, its deviation over seeds, how many seeds."""
     match = re.fullmatch(r"(\d+\.?\d*)(?:,(\d*\.?\d+),([1-9]\d{0,8}))?", text)
@@ -675,9 +733,15 @@ def main(argv: Sequence[str]) -> int:
         "--require-complete", action="store_true", help="exit code 1 if a log is missing anything"
     )
     parser.add_argument("--baselines", action="store_true", help="lzma and unigrams on its text")
+    add = parser.add_argument
+    add("--tensorboard", type=Path, metavar="DIR", help="write these logs for TensorBoard")
+    add("--follow", action="store_true", help="with --tensorboard: go on while the runs do")
     add_base_arguments(parser)
     args = parser.parse_args(argv)
     try:
+        if args.tensorboard:
+            write_tensorboard(args.logs, args.tensorboard, args.follow)
+            return 0
         runs, base = read_runs(args.logs), read_base(args)
         comparison = compare(runs, base) if base else None
         others = baselines(runs[0]) if args.baselines else {}

@@ -89,7 +89,13 @@ def seconds_at(run: Run, step: float) -> float | None:
     return run.train_seconds if step == run.steps else None
 
 
-def draw_marks(axis: Any, runs: Sequence[Run]) -> None:
+def by_time(run: Run, points: Curve) -> Curve:
+    """Points by the seconds of training in place of the step."""
+    timed = [(seconds_at(run, step), value) for step, value in points]
+    return [(seconds, value) for seconds, value in timed if seconds is not None]
+
+
+def draw_marks(axis: Any, runs: Sequence[Run], timed: bool = False) -> None:
     """Where each run's passes are added and its QAT begins; the first run's marks have labels."""
     for i, run in enumerate(runs):
         found = [(step, f"{passes} passes") for step, passes in run.growth[1:]]
@@ -97,6 +103,8 @@ def draw_marks(axis: Any, runs: Sequence[Run]) -> None:
             (run.last(name).step, text) for name, text in (("swa", "SWA"), ("late_qat", "QAT"))
         ]
         for step, label in found:
+            if step is not None and timed:
+                step = seconds_at(run, step)
             if step is None:
                 continue
             axis.axvline(step, color=colour(i), linewidth=1.2, linestyle=":", zorder=0)
@@ -128,13 +136,16 @@ def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
     if not any(found):
         return None
     curves = [smooth(points) for points in found]
-    ends = [point for points in found for point in points[len(points) // 2 :]]
+    timed = [by_time(run, points) for run, points in zip(runs, found, strict=True)]
+    ends = [point for points in timed for point in points[len(points) // 2 :]]
     figure, (whole, end) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
     for i, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-        for axis in (whole, end):
-            draw_curve(axis, found[i], color=colour(i), alpha=0.2, linewidth=1.2)
-            draw_curve(axis, curve, color=colour(i))
-            for point in validations(run) if in_bytes else []:
+        scores = validations(run) if in_bytes else []
+        by_step = (found[i], curve, scores)
+        for axis, shown in ((whole, by_step), (end, [by_time(run, c) for c in by_step])):
+            draw_curve(axis, shown[0], color=colour(i), alpha=0.2, linewidth=1.2)
+            draw_curve(axis, shown[1], color=colour(i))
+            for point in shown[2]:
                 axis.plot(*point, "o", color=colour(i), markeredgecolor="white", markersize=9)
     values = sorted(y for curve in curves for _, y in curve)
     top = values[int(0.9 * (len(values) - 1))]  # cuts off the first steep tenth
@@ -143,10 +154,12 @@ def draw_loss(plt: Any, runs: Sequence[Run]) -> Any:
     )
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*ends, strict=True))
     room = 0.1 * (high - low) or 0.1
-    end.set(xlabel="step", xlim=(left, 1.02 * right), ylim=(low - room, high + 3 * room))
-    end.set_title("the second half, enlarged")
-    for axis in (whole, end):
-        draw_marks(axis, runs if axis is end else runs[:1])
+    end.set(
+        xlabel="seconds of training", xlim=(left, 1.02 * right), ylim=(low - room, high + 3 * room)
+    )
+    end.set_title("the second half, enlarged, over time")
+    draw_marks(whole, runs[:1])
+    draw_marks(end, runs, timed=True)
     dots = {"color": GREY, "marker": "o", "linestyle": ""}
     add_legend(plt, figure, runs, **({"validation": dots} if in_bytes else {}))
     return figure
@@ -196,7 +209,9 @@ def draw_recurrence(plt: Any, runs: Sequence[Run]) -> Any:
         "residual_scale": "residual scale",
         "feedback_norm": "feedback norm",
     }
-    keys = [key for key in titles if any(pass_curves(run, key) for run in runs)]
+    curves = {key: [c for run in runs for c in pass_curves(run, key).values()] for key in titles}
+    # Without feedback its norm is 0 throughout: no panel.
+    keys = [key for key in titles if any(value for curve in curves[key] for _, value in curve)]
     if not keys:
         return None
     size = (5.6 * len(keys), 6)

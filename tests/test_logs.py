@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tensorboard.backend.event_processing import event_accumulator
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -450,3 +451,53 @@ def test_pictures_say_what_they_need(tmp_path, monkeypatch, capsys):
     path = write_log(tmp_path, complete_log(1))
     assert plot_logs.main([path, "-o", str(tmp_path)]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ TensorBoard
+
+
+def read_board(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of each name below `folder`, as TensorBoard reads them."""
+    board = event_accumulator.EventAccumulator(str(folder)).Reload()
+    names = board.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in board.Scalars(name)] for name in names}
+
+
+def test_tensorboard_shows_what_the_log_says(tmp_path):
+    """The short lines of now: a step, then what its passes did; logs of one name stay apart."""
+    text = re.sub(TRACE, "", complete_log(1))
+    detail = "passes step:15 jacobian_proxy:0.5 growth:1.5,1.25 update:1,0.5 residual_scale:0.75"
+    line = next(line for line in text.splitlines() if line.startswith("step:15/"))
+    logs = [tmp_path / "a" / "x.log", tmp_path / "b" / "x.log"]
+    for log in logs:
+        log.parent.mkdir()
+        log.write_text(text.replace(line, f"{line}\n{detail}"))
+    board = tmp_path / "board"
+    assert inspect_logs.main([*map(str, logs), "--tensorboard", str(board)]) == 0
+    shown = read_board(board / "a" / "x")
+    assert shown == read_board(board / "b" / "x")
+    assert shown["train/loss"] == [(step, 2.5) for step in range(5, 41, 5)]
+    assert shown["train/ms_a_step"][0] == (5, pytest.approx(10))
+    assert shown["train/ms_a_step"][-1] == (40, pytest.approx(30, rel=0.25))
+    assert shown["passes/growth_1"] == [(15, 1.5)]
+    assert shown["passes/growth_2"] == [(15, 1.25)]
+    assert shown["passes/residual_scale_2"] == [(15, 0.75)]
+    assert shown["scores/ttt"] == [(40, pytest.approx(build(text).scores["ttt"].val_bpb))]
+
+
+def test_a_live_run_is_followed_to_its_end(tmp_path, monkeypatch):
+    lines = complete_log(1).splitlines(keepends=True)
+    log, half = tmp_path / "run.txt", len(lines) // 2
+    log.write_text("".join(lines[:half]))
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        log.write_text("".join(lines[: half + 12 * len(waits)]))
+
+    monkeypatch.setattr(inspect_logs.time, "sleep", wait)
+    argv = [str(log), "--tensorboard", str(tmp_path / "board"), "--follow"]
+    assert inspect_logs.main(argv) == 0
+    assert waits
+    shown = read_board(tmp_path / "board" / tmp_path.name / "run")
+    assert [step for step, _ in shown["train/loss"]] == list(range(5, 41, 5))
