@@ -1261,10 +1261,28 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def micro_batches(rows: Tensor, hp: Hyperparameters) -> list[Tensor]:
-    """Cuts rows (B, ...) into the fewest near-equal parts that fit micro_batch_tokens."""
-    parts = math.ceil(len(rows) / (hp.micro_batch_tokens // hp.train_seq_len))
-    return list(rows.tensor_split(parts)) if parts else []
+class Fitting:
+    """How many sequences are computed at once: halved where the GPU's memory does not hold them."""
+
+    def __init__(self, sequences: int, log: Log) -> None:
+        self.sequences, self.log = sequences, log
+
+    def run(self, work: Callable[[int], Any]) -> Any:
+        """work(sequences), which begins anew when it ran out of memory. Raises UserError."""
+        while True:
+            try:
+                return work(self.sequences)
+            except torch.OutOfMemoryError:
+                text = "the GPU's memory does not hold one sequence: lower train_seq_len"
+                require(self.sequences > 1, f"{text}, or make the model smaller")
+            self.sequences //= 2
+            torch.cuda.empty_cache()
+            self.log.event("out_of_memory", sequences_at_once=self.sequences)
+
+
+def near_equal_parts(rows: Tensor, most: int) -> list[Tensor]:
+    """Cuts rows (B, ...) into the fewest near-equal parts of at most so many rows."""
+    return list(rows.tensor_split(math.ceil(len(rows) / most))) if len(rows) else []
 
 
 class Clock:
@@ -1322,6 +1340,7 @@ class Trainer:
     ) -> None:
         self.hp, self.model, self.data, self.runtime = model.hp, model, data, runtime
         self.log, self.stop = log, stop
+        self.fitting = Fitting(self.hp.micro_batch_tokens // self.hp.train_seq_len, log)
         self.flat = FlatParameters(model, runtime.world_size)
         self.optimizer = Optimizer(self.flat, self.hp, runtime)
         self.average = WeightAverage(self.hp, self.flat.data)
@@ -1334,9 +1353,15 @@ class Trainer:
     def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
         """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
         nats, text bytes, proxy, then growth, update and feedback of each pass, times B."""
+        return self.fitting.run(partial(self.accumulate_parts, batch, passes, floor))
+
+    def accumulate_parts(
+        self, batch: Tensor, passes: int, floor: Tensor | None, at_once: int
+    ) -> Tensor:
         hp = self.hp
+        self.flat.grad.zero_()
         sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
-        for part in micro_batches(batch, hp):
+        for part in near_equal_parts(batch, at_once):
             ids, targets = part[:, :-1], part[:, 1:]
             losses, stability = self.model(ids, targets, passes, floor)
             nats, proxy = losses.sum(), stability.jacobian_proxy.sum()
@@ -1347,7 +1372,7 @@ class Trainer:
             sums += torch.cat([counts, len(part) * torch.cat(stability[1:])])
         return sums
 
-    def warm_up(self) -> None:
+    def warm_up(self, evaluator: Evaluator) -> None:
         """Runs every graph of the run on random tokens of its own, then restores the weights.
 
         So nothing is compiled, tuned or allocated once the clock runs; a throwaway optimizer opens
@@ -1365,12 +1390,15 @@ class Trainer:
             batch = random(self.data.loader.shape).to(runtime.device)
             self.accumulate(batch, *graphs[i * len(graphs) // steps])
             optimizer.step(optimizer.reduce(), 1.0, 0.9)
-            flat.grad.zero_()
         if steps and runtime.compiles:
             text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
             data = self.data._replace(val_tokens=text)
-            Evaluator(hp, data, runtime, Log(None)).run_all(self.model, flat, passes[-1])
+            rehearsal = Evaluator(hp, data, runtime, Log(None))
+            # What fits the memory is found out once.
+            rehearsal.scoring, rehearsal.training = evaluator.scoring, evaluator.training
+            rehearsal.run_all(self.model, flat, passes[-1])
         flat.data.copy_(kept)
+        flat.grad.zero_()
 
     def train(self, evaluator: Evaluator, checkpoints: Path, until: float = 1.0) -> bool:
         """Trains to the run's end, or to `until` of its progress; whether a signal ended it."""
@@ -1422,7 +1450,6 @@ class Trainer:
         sums = self.accumulate(self.data.loader.batch(self.step), plan.num_passes, floor)
         norm = self.optimizer.reduce()
         self.optimizer.step(norm, plan.lr_scale, plan.momentum)
-        self.flat.grad.zero_()
         self.average.update(progress, plan.swa)
         self.step += 1
         self.check_norm(norm)
@@ -1762,6 +1789,8 @@ class Evaluator:
 
     def __init__(self, hp: Hyperparameters, data: Data, runtime: Runtime, log: Log) -> None:
         self.hp, self.runtime, self.log = hp, runtime, log
+        self.scoring = Fitting(hp.eval_batch_seqs, log)
+        self.training = Fitting(hp.micro_batch_tokens // hp.train_seq_len, log)
         self.tokens = torch.from_numpy(data.val_tokens.astype(np.int32)).to(runtime.device)
         self.num_targets = len(self.tokens) - 1
         self.bytes = data.token_bytes.of(self.tokens[:-1], self.tokens[1:])
@@ -1774,7 +1803,19 @@ class Evaluator:
 
         Windows are scored in batches of one shape, with a head on the last `stride` positions only
         where all that a window scores lies in them. name: shows the progress under it."""
-        T, size, device = self.hp.train_seq_len, self.hp.eval_batch_seqs, self.runtime.device
+        work = partial(self.score_windows, model, targets, stride, passes, name)
+        losses, times_scored = self.scoring.run(work)
+        for x in (losses, times_scored):
+            self.runtime.sum_(x)
+        if not bool((times_scored[:-1] == 1).all()):
+            raise RuntimeError("a target was not scored exactly once: this is a fault of scoring")
+        return losses[:-1]
+
+    def score_windows(
+        self, model: GPT, targets: range, stride: int, passes: int, name: str | None, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """What this rank finds, `size` windows at once: losses, and how often each was found."""
+        T, device = self.hp.train_seq_len, self.runtime.device
         # One more slot takes what is computed but not to be kept.
         losses = torch.zeros(len(targets) + 1, device=device)
         times_scored = torch.zeros_like(losses, dtype=torch.int32)
@@ -1795,11 +1836,7 @@ class Evaluator:
                 times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
                 if name:
                     self.log.progress(f"{name} {(at + size) / max(size, len(chosen)):4.0%}")
-        for x in (losses, times_scored):
-            self.runtime.sum_(x)
-        if not bool((times_scored[:-1] == 1).all()):
-            raise RuntimeError("a target was not scored exactly once: this is a fault of scoring")
-        return losses[:-1]
+        return losses, times_scored
 
     def bits_per_byte(self, losses: Tensor) -> float:
         """Of the text's first len(losses) targets."""
@@ -1869,15 +1906,21 @@ class Evaluator:
         whole = range(targets.start, targets.stop - T + 1, T)  # none in a chunk below T tokens
         starts = torch.tensor(whole, dtype=torch.int64, device=self.tokens.device)
         for batch in list(starts.split(hp.ttt_batch_seqs)) * hp.ttt_epochs:
-            mine = batch[self.runtime.share(len(batch))]
-            for part in micro_batches(mine, hp):
-                rows = self.tokens[part[:, None] + torch.arange(T + 1, device=part.device)]
-                losses, _ = model(rows[:, :-1], rows[:, 1:], passes)
-                (losses.sum() / (len(batch) * T)).backward()
+            self.training.run(partial(self.accumulate, model, flat, batch, passes))
             norm = self.runtime.sum_(flat.grad).norm()
             flat.grad.mul_((1 / (norm + 1e-6)).clamp(max=1.0))
             sgd.step()
-            flat.grad.zero_()
+
+    def accumulate(
+        self, model: GPT, flat: FlatParameters, starts: Tensor, passes: int, at_once: int
+    ) -> None:
+        """Gradients of this rank's share of the windows that begin at `starts`."""
+        flat.grad.zero_()
+        mine, T = starts[self.runtime.share(len(starts))], self.hp.train_seq_len
+        for part in near_equal_parts(mine, at_once):
+            rows = self.tokens[part[:, None] + torch.arange(T + 1, device=part.device)]
+            losses, _ = model(rows[:, :-1], rows[:, 1:], passes)
+            (losses.sum() / (len(starts) * T)).backward()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2031,6 +2074,8 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
     log.event("versions", python=sys.version.split()[0], **versions)
     cpu = f"{os.uname().machine} x{os.cpu_count()}"
     name = torch.cuda.get_device_name() if runtime.on_gpu else cpu
+    if runtime.on_gpu and runtime.dtype == torch.float32:
+        log.event("warning", text="computes in float32: this GPU has no bfloat16, or dtype is set")
     log.event("device", name=name, world_size=runtime.world_size, dtype=str(runtime.dtype)[6:])
     texts = {f.name: str(getattr(hp, f.name)) for f in fields(hp)}  # a float reads back equal
     defaults = {name: text for name, text in texts.items() if sources[name] == "default"}
@@ -2073,7 +2118,7 @@ def train(
     hp, log, stop = trainer.hp, trainer.log, trainer.stop
     if hp.resume:
         load_checkpoint(trainer, checkpoints)
-    trainer.warm_up()
+    trainer.warm_up(evaluator)
     log.phase("warm_up")
     keeps = hp.on_signal == "checkpoint"
     aim = "writes a checkpoint and ends" if keeps else "exports and scores what it has"

@@ -243,7 +243,7 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]
     report: dict[str, Any] = {"setup": setup, "steps": []}
     if "compile" not in args.skip:
         since = time.perf_counter()
-        trainer.warm_up()
+        trainer.warm_up(evaluator)
         runtime.barrier()
         report["cold_start_seconds"] = time.perf_counter() - since
     report["graphs"] = graphs_compiled()

@@ -150,8 +150,9 @@ def prepare(
         log.event("config", name=f.name, value=str(getattr(hp, f.name)), source="branch")
     model = train_gpt.build_model(hp, runtime, log)
     trainer = Trainer(model, data, runtime, log, train_gpt.Interrupts())
-    trainer.warm_up()
-    return trainer, Evaluator(hp, data, runtime, log)
+    evaluator = Evaluator(hp, data, runtime, log)
+    trainer.warm_up(evaluator)
+    return trainer, evaluator
 
 
 def finish(settings: str, trainer: Trainer, evaluator: Evaluator, folder: Path) -> Row:

@@ -20,6 +20,7 @@ from train_gpt import (
     Optimizer,
     Runtime,
     Trainer,
+    UserError,
     WeightAverage,
     newton_schulz,
     open_data,
@@ -362,10 +363,13 @@ def trainer(tiny, runtime):
     return make
 
 
-def finish(one: Trainer, folder=None) -> bool:
+def evaluator_of(one: Trainer) -> Evaluator:
     data = one.data._replace(val_tokens=one.data.val_tokens[:100])
-    evaluator = Evaluator(one.hp, data, one.runtime, one.log)
-    return one.train(evaluator, folder)
+    return Evaluator(one.hp, data, one.runtime, one.log)
+
+
+def finish(one: Trainer, folder=None) -> bool:
+    return one.train(evaluator_of(one), folder)
 
 
 def test_each_step_follows_the_plan(trainer):
@@ -455,7 +459,7 @@ def test_the_average_is_what_training_leaves_to_export(trainer, kind):
 def test_the_warm_up_runs_every_graph_of_a_run(trainer, schedule):
     """No step of a run of any length needs a (passes, QAT) that the warm-up did not run."""
     one = trainer(Idle, passes_schedule=schedule, warmup_steps=1)
-    one.warm_up()
+    one.warm_up(evaluator_of(one))
     plans = [plan_step(one.hp, s, s / n) for n in (7, 60, 1000, 6330) for s in range(n)]
     assert {(plan.num_passes, plan.qat) for plan in plans} <= set(one.inputs)
 
@@ -465,13 +469,57 @@ def test_validation_and_warm_up_change_nothing(trainer):
     plain, other = trainer(iterations=8), trainer(iterations=8, val_loss_every=3, warmup_steps=5)
     finish(plain)
     state, weights = torch.get_rng_state(), other.flat.data.clone()
-    other.warm_up()
+    other.warm_up(evaluator_of(other))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(other.flat.data, weights)
     assert other.flat.grad.count_nonzero() == 0
     finish(other)
     assert torch.equal(plain.flat.data, other.flat.data)
     assert [pairs["step"] for pairs in other.log.of("validation")] == [3, 6]
+
+
+def little_memory(model: GPT, holds: int) -> list[int]:
+    """Lets `model` run out of memory for more sequences than it holds; the sizes that it saw."""
+    inner, seen = model.forward, []
+
+    def forward(ids, *rest, **more):
+        seen.append(len(ids))
+        if len(ids) > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(ids, *rest, **more)
+
+    model.forward = forward
+    return seen
+
+
+def test_what_does_not_fit_the_memory_is_halved_and_changes_nothing(trainer):
+    """Gradients are those of the whole batch; the next step begins with what fitted."""
+    plain, small = (trainer(micro_batch_tokens=256) for _ in range(2))
+    seen, batch = little_memory(small.model, 3), plain.data.loader.batch(0)
+    sums = [one.accumulate(batch, 2, None) for one in (plain, small)]
+    torch.testing.assert_close(*sums)
+    torch.testing.assert_close(plain.flat.grad, small.flat.grad, rtol=1e-4, atol=1e-7)
+    assert seen[:2] == [8, 4]
+    assert max(seen[2:]) <= 2
+    small.accumulate(batch, 2, None)
+    assert max(seen[2:]) <= 2
+    [first, second] = small.log.of("out_of_memory")
+    assert (first["sequences_at_once"], second["sequences_at_once"]) == (4, 2)
+    little_memory(small.model, 0)
+    with pytest.raises(UserError, match="one sequence"):
+        small.accumulate(batch, 2, None)
+
+
+def test_an_evaluation_that_does_not_fit_the_memory_scores_the_same(trainer):
+    one = trainer(eval_batch_seqs=16, micro_batch_tokens=256, ttt_lr=0.05)
+    evaluator, scores = Evaluator(one.hp, one.data, one.runtime, one.log), []
+    for holds in (16, 5):
+        start = one.flat.data.clone()
+        little_memory(one.model, holds)
+        scores.append(evaluator.run_ttt(one.model, one.flat, 2, math.inf))
+        one.flat.data.copy_(start)
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+    assert one.log.of("out_of_memory")
 
 
 @pytest.mark.parametrize("step", [5, 8])
