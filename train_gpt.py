@@ -51,6 +51,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 from urllib.parse import quote
 
+if __name__ == "__main__":  # until main sees to signals: no traceback from the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 try:
     import numpy as np
     import sentencepiece as spm

@@ -60,7 +60,7 @@ VE_DIM=16 BIGRAM_DIM=16 LATE_QAT_THRESHOLD=0.5 EVAL_STRIDE=32 TTT_CHUNK_TOKENS=5
 # An unknown flag, no number, a value out of bounds, no such choice; then settings that do not fit
 # together, which the trainer finds later.
 WRONG_SETTINGS = (
-    ["--sead", "1", "--iterations", "many", "--num-layers", "0", "--qat-scope", "half"],
+    ["--sead", "1", "--iterations", "many", "--num-layers", "0", "--on-signal", "half"],
     ["--core-start", "9", "--core-end", "3", "--passes-schedule", "0:1,5", "--rope-dims", "3"],
 )
 COMPARED = re.compile(
