@@ -199,6 +199,7 @@ class Hyperparameters:
         growth = "starts rise from 0 and are below 1, passes are 1..64"
         require_all(
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
+            (Path(self.run_id or "x").name == (self.run_id or "x"), "run_id: no folders, a name"),
             (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
             (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T} or such"),
             (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
@@ -464,7 +465,7 @@ class Interrupts:
     then the first signal is only noted, and answered with the advice."""
 
     def __init__(self) -> None:
-        self.noted, self.advice = 0, ""
+        self.noted, self.advice, self.farewell = 0, "", ""
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -474,7 +475,7 @@ class Interrupts:
     def handle(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
         if self.noted or not self.advice:
-            raise SystemExit(f"stopped by {name}")
+            raise SystemExit(f"stopped by {name}{self.farewell}")
         self.noted = number
         # Not print: the signal may have come within a print to the same file.
         os.write(2, f"\n{name}: {self.advice}\n".encode())
@@ -1566,6 +1567,8 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """Brings `trainer` to its newest checkpoint, if there is one. Raises UserError."""
     state = read_checkpoint(folder, trainer.runtime, trainer.log)
     if state is None:
+        text = f"{folder} holds no whole checkpoint: training begins at step 0"
+        trainer.log.event("warning", text=text)
         return
     average, adam = trainer.average, trainer.optimizer.adam
     (new, tensors), old = run_state(trainer), state["settings"]
@@ -2013,10 +2016,16 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
     log, artifact, checkpoints = (Path(hp.output_dir) / f"{run_id}{end}" for end in suffixes)
     kept = (artifact,) if hp.resume else (log, artifact, checkpoints)
     existing = runtime.from_main([str(path) for path in kept if path.exists()])
-    remedy = "choose another run_id, or go on from the checkpoint with --resume"
+    remedy = "choose another run_id"
     if str(artifact) in existing:
-        remedy = f"choose another run_id, or score it again with --evaluate {artifact}"
+        remedy = f"{remedy}, or score it again with --evaluate {artifact}"
+    elif str(checkpoints) in existing:
+        remedy = f"{remedy}, or go on from its checkpoint with --resume"
     require(not existing, f"run_id: {', '.join(existing)} would be overwritten: {remedy}")
+    # A finished run's artifact may lie elsewhere: its folder's disk was full.
+    done = log.is_file() and b"\nartifact " in log.read_bytes() and hp.resume
+    text = f"run_id: {log} is of a finished run, which is not resumed"
+    require(not runtime.from_main(done), f"{text}: choose another run_id")
     return log, artifact, checkpoints
 
 
@@ -2137,7 +2146,7 @@ def train(
         tensors = trainer.flat.named(trainer.flat.data)
         artifact = export(replace(hp, eval_passes=passes), tensors, artifact, log)
     log.phase("export")
-    stop.advice = ""
+    stop.advice, stop.farewell = "", f": score {artifact} with --evaluate {artifact}"
     return EXIT_EXPORTED if interrupted else 0, artifact
 
 
@@ -2166,7 +2175,8 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
     if hp.evaluate:
         artifact = Path(hp.evaluate)
         hp = adopt(hp, runtime.from_main(read_artifact(artifact)[0] if runtime.is_main else None))
-        sources |= dict.fromkeys(hp.architecture(), "artifact")
+        given = "eval_passes" if sources["eval_passes"] != "default" else ""
+        sources |= {name: "artifact" for name in hp.architecture() if name != given}
     hp, data = open_data(hp, runtime)
     log, code = Log(path if runtime.is_main else None, hp.resume), 0
     try:

@@ -83,10 +83,10 @@ def usable_cores() -> int:
 def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text. Raises UserError for anything that is none.
 
-    Integers are read as floats: Python refuses to convert those of more than 4,300 digits.
+    Huge integers are read as floats: Python refuses to convert those of more than 4,300 digits.
     """
     try:
-        return json.loads(text, parse_int=float)
+        return json.loads(text, parse_int=lambda n: int(n) if len(n) < 19 else float(n))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error})") from None
 

@@ -624,6 +624,9 @@ def rerun(folder: Path, env_file: Path) -> list[str]:
     if not list(Path(env.get("DATA_PATH", "")).glob("fineweb_val_*.bin")):
         text = "has no validation shard: bash scripts/demo.sh makes the demo's"
         return [f"DATA_PATH={env.get('DATA_PATH')} {text}"]
+    beside = Path(env["DATA_PATH"], "tokenizer.model")
+    if beside.is_file():  # older scripts do not look there
+        env.setdefault("TOKENIZER_PATH", str(beside))
     env |= {name: str(Path(env[name]).resolve()) for name in DATA_PATHS if name in env}
     before = set(folder.iterdir())
     with tempfile.TemporaryDirectory() as output:

@@ -115,6 +115,10 @@ for seed in $seeds; do
         continue
     fi
     if [ -e "$output/running/$run.txt" ] && [ -z "${RESUME:-}" ]; then
+        # The trainer holds a lock on its log: one may have outlived a killed run_seeds.sh.
+        if command -v flock >/dev/null && ! flock -n "$output/running/$run.txt" true; then
+            fail "seed $seed: a process still writes $output/running/$run.txt: wait for its end"
+        fi
         mkdir -p "$output/interrupted"
         kept=$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$
         for old in "$output/running/$run".*; do # the log, checkpoints, perhaps an artifact

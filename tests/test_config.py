@@ -125,6 +125,8 @@ def test_a_misspelt_flag_gets_a_suggestion_and_an_abbreviated_one_is_refused():
         ({"TRAIN_SEQ_LEN": "1" + "0" * 30}, "train_seq_len=1"),
         ({"MLP_MULT": "0.01", "MODEL_DIM": "16", "ROPE_DIMS": "2"}, "mlp_mult=0.01"),
         ({"VOCAB_SIZE": "65537"}, "vocab_size"),
+        ({"RUN_ID": "../x"}, "run_id"),
+        ({"RUN_ID": "a/b"}, "run_id"),
         ({"SWA_LR_SCALE": "inf"}, "swa_lr_scale=inf"),
     ],
 )

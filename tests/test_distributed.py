@@ -315,6 +315,25 @@ def test_nothing_that_is_there_is_overwritten(interrupted, start, base, run_of, 
         assert contents(folder) == before
 
 
+def test_a_finished_run_whose_artifact_lies_elsewhere_is_not_resumed(start, base, run_of, tmp_path):
+    """As after a full disk: the log tells that it is finished."""
+    folder = Path(shutil.copytree(run_of(1)[0].folder, tmp_path / "finished"))
+    [artifact] = folder.glob("*.int6.xz")
+    run_id = artifact.name.removesuffix(".int6.xz")
+    artifact.unlink()
+    before = (folder / f"{run_id}.txt").read_bytes()
+    done = start("--resume", base=base, folder=folder, RUN_ID=run_id).finish()
+    assert done.code == 2
+    assert "finished run, which is not resumed" in done.printed
+    assert (folder / f"{run_id}.txt").read_bytes() == before
+
+
+def test_a_resumed_run_without_a_checkpoint_says_that_it_begins_anew(start, base, run_of, tmp_path):
+    done = start("--resume", base=base, folder=tmp_path, RUN_ID="run").finish()
+    assert "no%20whole%20checkpoint" in done.log("run")
+    same_run(done, run_of(1)[0])
+
+
 def test_a_second_process_cannot_join_a_run(start, base, run_of, tmp_path):
     """Nor does it disturb the first."""
     stop = (signal_at, 6, signal.SIGSTOP)
