@@ -19,7 +19,7 @@ if [ ! -f data/datasets/demo/manifest.json ]; then
 fi
 read_env scripts/demo.env
 export RUN_ID="${RUN_ID:-demo_$(date +%Y%m%d_%H%M%S)}"
-python train_gpt.py "$@"
+child python train_gpt.py "$@"
 python scripts/inspect_logs.py "${OUTPUT_DIR:-logs}/$RUN_ID.txt" --baselines
 echo "What it writes:"
 python scripts/sample.py "${OUTPUT_DIR:-logs}/$RUN_ID.int6.xz" "The function returns" --tokens 80

@@ -43,3 +43,14 @@ read_env() {
     [ -n "${!name+set}" ] || export "$name=$value"
   done <"$1"
 }
+
+# child COMMAND...: runs it so that a signal to this script reaches it at once; the script then ends
+# with the command's exit code.
+child() {
+  "$@" &
+  local pid=$! code=0
+  trap 'kill -TERM $pid 2>/dev/null || true' INT TERM HUP
+  until wait "$pid"; code=$?; ! kill -0 "$pid" 2>/dev/null; do :; done
+  trap - INT TERM HUP
+  [ "$code" -eq 0 ] || exit "$code"
+}
