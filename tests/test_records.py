@@ -17,6 +17,7 @@ from test_logs import SCRIPT_SHA, SCRIPT_TEXT, build, complete_log, resumed
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import inspect_logs
 import plot_logs
 import record
 
@@ -500,3 +501,18 @@ def test_files_of_settings_are_read_alike_by_shell_and_python(env_file, corpus):
     assert (env["ITERATIONS"], env["VOCAB_SIZE"]) == ("6", str(corpus.vocab_size))
     with pytest.raises(record.RecordError, match="cannot be read"):
         record.read_env(env_file.parent)
+
+
+def test_a_base_of_several_seeds_is_compared_alike_by_package_and_check(tmp_path):
+    """Means of logs have more digits than submission.json keeps."""
+    runs = [inspect_logs.build_run(Path("train_seed1.log"), complete_log(1))]
+    identity = {"name": "x", "author": "a", "github_id": "b", "blurb": "c"}
+    for best in (2.0001234567, 2.00098765432, 1.99999999):
+        others = [
+            inspect_logs.build_run(Path(f"train_seed{seed}.log"), complete_log(seed, best=best))
+            for seed in (1, 2, 4)
+        ]
+        base = inspect_logs.base_of_runs("others", others)
+        first = record.build_submission(runs, identity, None, base)
+        again = record.build_submission(runs, identity, None, record.base_in(first))
+        assert first == again
