@@ -9,8 +9,8 @@ recurrence.png  growth of the hidden state, residual scale and feedback norm of 
 ttt.png         bits per byte of the text so far, during test-time training
 bytes.png       bytes of the code and of the model's parts against the limit; the parts are read
                 from the artifact that run_seeds.sh keeps beside the log
-validation.png  validation bits per byte over the seconds of training, a colour for each
-                configuration: drawn if logs have `validation` lines (--val-loss-every)
+comparison.png  a colour for each configuration, all its seeds together: the end of training over
+                time, and the scores; drawn if there are several configurations
 
 Noisy curves are smoothed, with what was logged behind them, faint. Dotted lines in a run's colour
 say where its passes are added and where QAT begins. What a log lacks is said and left out.
@@ -43,6 +43,12 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 100,
     "savefig.dpi": 100,
+}
+STAGES = {
+    "pre_quant": "averaged\nweights",
+    "quantized": "int6",
+    "sliding": "int6,\nsliding",
+    "ttt": "int6, sliding,\nTTT",
 }
 Curve = list[tuple[float, float]]  # points (x, y)
 
@@ -248,24 +254,40 @@ def draw_ttt(plt: Any, runs: Sequence[Run]) -> Any:
     return figure
 
 
-def draw_validation(plt: Any, runs: Sequence[Run]) -> Any:
-    """Not drawn where no log has scores during training."""
-    if not any(len(validations(run)) > 1 for run in runs):
-        return None
+def draw_comparison(plt: Any, runs: Sequence[Run]) -> Any:
+    """Not drawn where all runs have one configuration."""
     names = configurations(runs)
     kinds = list(dict.fromkeys(names))
-    figure, axis = plt.subplots(figsize=(11, 7), layout="constrained")
-    ends = []
-    for run, name in zip(runs, names, strict=True):
-        found = [(seconds_at(run, step), bpb) for step, bpb in validations(run)]
-        points = [(seconds, bpb) for seconds, bpb in found if seconds is not None]
-        draw_curve(axis, points, color=colour(kinds.index(name)), markersize=5)
-        ends += [bpb for _, bpb in points[len(points) // 3 :]]
-    low, high = min(ends, default=0), max(ends, default=1)
-    axis.set(xlabel="seconds of training", ylabel="validation, bits per byte")
+    if len(kinds) < 2:
+        return None
+    figure, (loss, scores) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    means, stages = [], list(STAGES)
+    validated = all(len(validations(run)) > 1 for run in runs)
+    for i, kind in enumerate(kinds):
+        mine = [run for run, name in zip(runs, names, strict=True) if name == kind]
+        # The seeds' points in one line by time, so that its running mean is over seeds, too.
+        found = [validations(run) if validated else series(run, "train_bpb") for run in mine]
+        points = sorted(p for run, c in zip(mine, found, strict=True) for p in by_time(run, c))
+        curve = smooth(points, reach=len(mine) if validated else 6 * len(mine))
+        means += curve[len(curve) // 3 :]
+        draw_curve(loss, curve, color=colour(i))
+        for run in mine:
+            has = [(j, run.scores[s].val_bpb) for j, s in enumerate(stages) if s in run.scores]
+            for j, bpb in has:
+                place = j + 0.3 * (i / (len(kinds) - 1) - 0.5)
+                scores.plot(place, bpb, "o", color=colour(i), alpha=0.8, markersize=9)
+    low, high = min((y for _, y in means), default=0), max((y for _, y in means), default=1)
     room = (high - low) or 0.1
-    axis.set_ylim(low - 0.05 * room, high + 0.2 * room)
-    handles = [plt.Line2D([], [], color=colour(i)) for i in range(len(kinds))]
+    text = "validation" if validated else "training"
+    loss.set(xlabel="seconds of training", ylabel=f"{text}, bits per byte, mean of the seeds")
+    loss.set_ylim(low - 0.1 * room, high + 0.3 * room)
+    loss.set_xlim(left=min((x for x, _ in means), default=0))
+    scores.set(ylabel="validation, bits per byte, a dot for each seed")
+    scores.set_xticks(range(len(stages)), [STAGES[stage] for stage in stages])
+    scores.grid(axis="x", visible=False)
+    first = [names.index(kind) for kind in kinds]
+    draw_marks(loss, [runs[i] for i in first], timed=True)
+    handles = [plt.Line2D([], [], color=colour(i), marker="o") for i in range(len(kinds))]
     figure.legend(handles, kinds, loc="outside upper center", ncols=2)
     return figure
 
@@ -367,7 +389,7 @@ PICTURES: dict[str, Callable[[Any, Sequence[Run]], Any]] = {
     "recurrence": draw_recurrence,
     "ttt": draw_ttt,
     "bytes": draw_bytes,
-    "validation": draw_validation,
+    "comparison": draw_comparison,
 }
 
 
