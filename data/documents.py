@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import lzma
@@ -135,17 +136,18 @@ class TextFiles:
                 yield from cut(document, MAX_DOCUMENT_CHARS)
         except UnicodeDecodeError as error:
             before = error.object[max(0, error.start - 30) : error.start].decode(errors="replace")
+            marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            likely = "UTF-16" if error.object.startswith(marks) else "LATIN1"
             raise UserError(
                 f"{where}: byte 0x{error.object[error.start]:02x} after {before!r} is not UTF-8: "
-                "convert the file, e.g. with iconv -f LATIN1 -t UTF-8"
+                f"convert the file, e.g. with iconv -f {likely} -t UTF-8"
             ) from None
 
     def plain_documents(self, stream: TextIO, where: str) -> Iterator[str]:
         separator, rest = self.separator, ""
         while chunk := stream.read(READ_CHARS):
-            require(
-                "\0" not in chunk, f"{where}: holds a zero byte, so it is no text: leave it out"
-            )
+            text = "is no text, or text in UTF-16: leave it out, or convert it to UTF-8"
+            require("\0" not in chunk, f"{where}: holds a zero byte, so it {text}")
             rest += chunk
             if separator is None and END_OF_TEXT in chunk:
                 separator = END_OF_TEXT

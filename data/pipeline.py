@@ -248,6 +248,8 @@ class Preparation:
         else:
             val_corpus, found = corpus, corpus.count
             is_val = corpus.validation_limit(self.args.val_fraction).__gt__
+        text = "each training document equals a validation document: give other text"
+        require(any(not is_val(key) for key, _ in corpus.documents()), text)
         if not self.args.tokenizer:
             self.train(corpus, is_val)
         check_tokenizer(self.tokenizer, self.model, self.args.allow_unknown)

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 try:
     import sentencepiece as spm
@@ -35,7 +36,7 @@ try:
     from data.python_docs import PythonDocs
     from data.shards import staged_folder
     from data.tokenizer import RESERVED_PIECES, check_tokenizer
-    from train_gpt import UserError, load_tokenizer, require
+    from train_gpt import UserError, load_tokenizer, read_configuration, require
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
 
@@ -184,10 +185,17 @@ def report(manifest: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def training_command(output: Path) -> str:
-    """How to train on `output` with what this machine has."""
-    settings = "" if torch.cuda.is_available() else " --env scripts/demo.env"
-    return f"python train_gpt.py{settings} --data-path {shlex.quote(str(output))}"
+def training_command(output: Path, splits: dict[str, Any]) -> str:
+    """How to train on `output` with what this machine has, in a window that its text fills."""
+    on_gpu = torch.cuda.is_available()
+    env = [] if on_gpu else ["--env", "scripts/demo.env"]
+    window = read_configuration({}, env and ["--env", str(ROOT / env[1])])[0].train_seq_len
+    most = min(splits["val"]["tokens"] - 1, splits["train"]["tokens"] // 2)
+    if most < window:
+        if most < 64:
+            return "not possible, as either split has less than 64 tokens: prepare more text"
+        env += ["--train-seq-len", str(1 << most.bit_length() - 1)]
+    return shlex.join(["python", "train_gpt.py", *env, "--data-path", str(output)])
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -199,8 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     def work() -> None:
-        print(report(prepare(args)))
-        print(f"train on it: {training_command(args.output)}")
+        manifest = prepare(args)
+        print(report(manifest))
+        print(f"train on it: {training_command(args.output, manifest['splits'])}")
 
     return run_command(work, kept="nothing was written")
 

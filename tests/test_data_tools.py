@@ -293,7 +293,8 @@ def test_one_document_never_ends_a_corpus(prepare, tmp_path, tokenizers, monkeyp
 
 
 BAD_INPUTS = {
-    "utf-16": ("a.txt", "text".encode("utf-16"), "not UTF-8"),
+    "utf-16": ("a.txt", "text".encode("utf-16"), "iconv -f UTF-16"),
+    "utf-16 without its mark": ("a.txt", "text".encode("utf-16-le"), "convert it to UTF-8"),
     "latin-1": ("a.txt", "caf\xe9 au lait".encode("latin-1"), "byte 0xe9 after 'caf'"),
     "latin-1 JSON": ("a.jsonl", '{"text": "caf\xe9"}\n'.encode("latin-1"), "not UTF-8"),
     "binary": ("a.txt", bytes(1000), "zero byte"),
@@ -326,6 +327,26 @@ def test_refuses_bad_input_and_leaves_nothing(prepare, tmp_path, capsys, case):
     assert prepare(tmp_path / name) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_text_that_is_all_held_out_is_told_before_a_tokenizer_is_trained(prepare, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one and the same text")
+    assert prepare(tmp_path / "a.txt", "--val-input", tmp_path / "a.txt") == 1
+    assert "equals a validation document" in capsys.readouterr().err
+
+
+def test_the_command_that_is_printed_fits_the_text(monkeypatch):
+    """A window of the demo's 128 tokens, a shorter one, none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def command(train: int, val: int) -> str:
+        splits = {"train": {"tokens": train}, "val": {"tokens": val}}
+        return prepare_text.training_command(Path("a b"), splits)
+
+    assert command(256, 129) == "python train_gpt.py --env scripts/demo.env --data-path 'a b'"
+    assert "--train-seq-len 64 " in command(256, 128)
+    assert "--train-seq-len 64 " in command(255, 900)
+    assert command(256, 64).startswith("not possible")
 
 
 def test_refuses_bad_arguments_and_tokenizers(prepare, tmp_path, tokenizers, capsys):
