@@ -13,12 +13,12 @@ text in bits per byte: plain, with sliding windows, and with score-first test-ti
     python train_gpt.py --run-id RUN --resume                    go on from RUN's last checkpoint
 
 Every setting is a flag (--residual-scale-init) and an environment variable (RESIDUAL_SCALE_INIT);
-a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 1 ended at once
-by a signal, 2 a mistake in what was given, 3 diverged, 4 stopped by a signal with a checkpoint,
+a flag wins over a variable, and a variable over --env's file. Exit codes: 0 done, 1 any other
+failure, 2 a mistake in what was given, 3 diverged, 4 stopped by a signal with a checkpoint,
 5 stopped by a signal but exported and scored.
 """
 
-# Contents (grep -n '^# [0-9]*\. ' train_gpt.py):
+# Contents (grep -n '^# ---' train_gpt.py):
 #   1. Settings      2. Process and log   3. Data      4. Layers         5. Recurrence   6. Model
 #   7. Optimization  8. Training         9. Compression  10. Evaluation  11. Kernels     12. Main
 #
@@ -28,6 +28,7 @@ by a signal, 2 a mistake in what was given, 3 diverged, 4 stopped by a signal wi
 from __future__ import annotations
 
 import argparse
+import bisect
 import difflib
 import fcntl
 import hashlib
@@ -90,8 +91,7 @@ def require_all(*rules: tuple[bool, str]) -> None:
     require(not mistakes, "\n".join(mistakes))
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Settings: each once, with its type, default and help
+# --- 1. Settings: each once, with its type, default and help --------------------------------------
 
 
 def opt(default: Any, text: str, least: float = 0, group: str = "") -> Any:
@@ -123,7 +123,8 @@ class Hyperparameters:
     micro_batch_tokens: int = opt(98_304, "most tokens that a rank takes at once", 1)
     shuffle: bool = opt(True, "read the windows of all shards in a seeded random order")
 
-    vocab_size: int | None = opt(None, "pieces; none: the tokenizer's", 8, group="model")
+    tokenizer_sha256: str | None = opt(None, "hash it must have; none: its own", group="model")
+    vocab_size: int | None = opt(None, "pieces; none: the tokenizer's", 8)
     train_seq_len: int = opt(2048, "tokens of a window, in training and evaluation", 8)
     num_layers: int = opt(11, "unique layers", 1)
     model_dim: int = opt(512, "width of the residual stream", 1)
@@ -155,8 +156,8 @@ class Hyperparameters:
     scalar_lr: float = opt(0.025, "AdamW's learning rate of all else")
     muon_momentum: float = opt(0.99, "Muon's momentum")
     muon_momentum_warmup_start: float = opt(0.92, "Muon's first momentum")
-    muon_momentum_warmup_frac: float = opt(0.237, "its rise (1,500 of 6,330 steps)", 1e-9)
-    muon_momentum_frac: float = opt(0.0158, "its longest average (100 of 6,330 steps)", 1e-9)
+    muon_momentum_warmup_frac: float = opt(0.237, "rise of momentum (1,500 of 6,330 steps)", 1e-9)
+    muon_momentum_frac: float = opt(0.0158, "most that it averages (100 of 6,330 steps)", 1e-9)
     muon_wd: float = opt(0.04, "decoupled weight decay of the banks")
     adam_wd: float = opt(0.04, "decoupled weight decay of tables and projections")
     beta1: float = opt(0.9, "AdamW's first decay")
@@ -164,7 +165,7 @@ class Hyperparameters:
     grad_clip_norm: float = opt(0.3, "bound of the global gradient's norm")
     warmdown_frac: float = opt(0.55, "last fraction, in which the lr falls to 0", 1e-9)
 
-    weight_average: Literal["none", "ema", "swa", "ema_swa"] = opt("ema", "exported", group="end")
+    weight_average: Literal["none", "ema", "swa", "ema_swa"] = opt("ema", "of weights", group="end")
     ema_frac: float = opt(0.0526, "EMA's horizon (decay 0.997 in 6,330 steps)", 1e-9)
     swa_frac: float = opt(0.0079, "fraction between SWA's samples (50 of 6,330 steps)")
     swa_lr_scale: float = opt(0.2, "SWA starts below this lr scale")
@@ -172,7 +173,7 @@ class Hyperparameters:
 
     evaluate: str | None = opt(None, "score this artifact, do not train", group="evaluation")
     artifact_limit_bytes: int = opt(16_000_000, "most bytes of code and model together", 1)
-    eval_wallclock_seconds: float | None = opt(600.0, "TTT epochs drop to end within this")
+    eval_wallclock_seconds: float | None = opt(600.0, "TTT skips training to end within this")
     eval_stride: int = opt(64, "tokens that a sliding window scores", 1)
     eval_batch_seqs: int = opt(64, "windows that a rank scores at once", 1)
     sliding_eval: bool = opt(True, "score with sliding windows")
@@ -201,7 +202,7 @@ class Hyperparameters:
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
             (Path(self.run_id or "x").name == (self.run_id or "x"), "run_id: no folders, a name"),
             (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
-            (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T} or such"),
+            (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T}"),
             (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
             (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
             ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
@@ -214,7 +215,8 @@ class Hyperparameters:
             (differ, f"ve_layers={self.ve_layers}: use different layers of 0..{L - 1}, or none"),
             (max(self.beta1, self.beta2) < 1, "beta1, beta2: must be below 1"),
             (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {growth}"),
-            ((self.eval_passes or 1) <= (64 if most > 1 else 1), "eval_passes: at most 64, or 1"),
+            ((self.eval_passes or 1) <= 64, "eval_passes: at most 64"),
+            (self.eval_passes in (None, 1) or most > 1, "eval_passes: this model has no repeats"),
         )
 
     @property
@@ -254,7 +256,7 @@ class Hyperparameters:
     def architecture(self) -> dict[str, Any]:
         """The groups `model` and `recurrence`: without them an artifact means nothing."""
         names = [f.name for f in fields(self)]
-        kept = names[names.index("vocab_size") : names.index("matrix_lr")]
+        kept = names[names.index("tokenizer_sha256") : names.index("matrix_lr")]
         return {name: getattr(self, name) for name in kept}
 
 
@@ -279,12 +281,12 @@ def build_parser() -> argparse.ArgumentParser:
     for f in fields(Hyperparameters):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        style = {"metavar": str(f.type).replace("Literal", "one of ")}
+        kind = {"metavar": str(f.type).replace("Literal", "one of ")}
         if f.type == "bool":
-            style = {"action": argparse.BooleanOptionalAction}
-        style |= {"help": f"{f.metadata['text']} [{f.name.upper()}={f.default}]"}
+            kind = {"action": argparse.BooleanOptionalAction}
         flag = "--" + f.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, **style)
+        text = f"{f.metadata['text']} [{f.name.upper()}={f.default}]"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
 
@@ -294,7 +296,10 @@ def read_env_file(path: str) -> dict[str, str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"env={path} cannot be read ({error}): name a text file") from None
-    pairs = [line.split("=", 1) for line in lines if "=" in line and line[0] != "#"]
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    foreign = [line[:40] for line in lines if "=" not in line]
+    require(not foreign, f"env={path} has a line that is no NAME=VALUE: {foreign[:1]}")
+    pairs = [line.split("=", 1) for line in lines]
     # As a shell reads them: `export` and quotes around a value mean nothing.
     names = [name.strip().removeprefix("export ").strip().lower() for name, _ in pairs]
     settings = dict(zip(names, (value.strip(" \t\"'") for _, value in pairs), strict=True))
@@ -306,24 +311,23 @@ def read_env_file(path: str) -> dict[str, str]:
 def read_configuration(
     env: Mapping[str, str], argv: Sequence[str]
 ) -> tuple[Hyperparameters, dict[str, str]]:
-    """Settings from defaults, --env's file, `env`, then `argv`; and the source of each.
-
-    Raises UserError with every mistake at once."""
-    flags, unknown = build_parser().parse_known_args(argv)
+    """Settings, and the source of each. Raises UserError with every mistake at once."""
+    parsed, unknown = build_parser().parse_known_args(argv)
+    flags, file = vars(parsed), parsed.env
+    del flags["env"]
     kinds, rules, errors = get_type_hints(Hyperparameters), Hyperparameters.__annotations__, []
     flags_only = [word for word in unknown if word.startswith("-")]
     for word in flags_only or unknown:  # a word after a flag is its value
         near = difflib.get_close_matches(word, ["--" + n.replace("_", "-") for n in kinds], 1)
         errors.append(f"unknown argument {word}: did you mean {near[0] if near else '--help'}?")
     variables = {name: env[name.upper()] for name in kinds if name.upper() in env}
-    given = {"file": read_env_file(flags.env) if flags.env else {}, "env": variables}
+    given = {"file": read_env_file(file) if file else {}, "env": variables, "flag": flags}
     values, sources = {}, dict.fromkeys(kinds, "default")
-    for source, texts in (given | {"flag": flags.__dict__}).items():  # a later source wins
+    for source, texts in given.items():  # a later source wins
         for name, text in texts.items():
             try:
-                if name != "env":
-                    values[name] = parse_value(kinds[name], str(text))
-                    sources[name] = source
+                values[name] = parse_value(kinds[name], str(text))
+                sources[name] = source
             except (ValueError, KeyError):
                 rule = rules[name].replace("Literal", "one of ")
                 errors.append(f"{name}={text} ({source}) is no {rule}")
@@ -339,8 +343,7 @@ def read_configuration(
     return hp, sources
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Process and log: which process this is, what it computes on, what it writes, what stops it
+# --- 2. Process and log: what it computes on, what it writes, what stops it -----------------------
 
 # A rank waits this long for one that hangs: longer than rank 0's export takes.
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
@@ -481,28 +484,28 @@ class Interrupts:
         os.write(2, f"\n{name}: {self.advice}\n".encode())
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Data: shards on disk -> the same global batches for every world size
+# --- 3. Data: shards on disk -> the same global batches for every world size ----------------------
 
 # The field's shard format: 256 little-endian int32 header words, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
+DATA_REMEDY = "run data/download_fineweb.py or data/prepare_text.py, or set DATA_PATH"
 
 
 def open_data_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map of uint16. Raises UserError."""
     size, start = path.stat().st_size, 4 * SHARD_HEADER_WORDS
     head = np.fromfile(path, dtype="<i4", count=3).tolist()
-    right = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
+    right = [SHARD_MAGIC, SHARD_VERSION, (size - start) // 2]
     text = f"data shard {path} of {size} bytes begins with {head} instead of {right}"
-    require(size > start and head == right, f"{text}: download or prepare it again")
+    whole = size > start and size % 2 == 0 and head == right
+    require(whole, f"{text}: download or prepare it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(head[2],))
 
 
 def find_data_shards(data_path: Path, split: str) -> list[Path]:
     """The shards of split `train` or `val`, in order. Raises UserError if there are none."""
     paths = sorted(data_path.glob(f"fineweb_{split}_*.bin"))
-    remedy = "run data/download_fineweb.py or data/prepare_text.py, or set DATA_PATH"
-    require(bool(paths), f"data_path={data_path} holds no fineweb_{split}_*.bin: {remedy}")
+    require(bool(paths), f"data_path={data_path} holds no fineweb_{split}_*.bin: {DATA_REMEDY}")
     return paths
 
 
@@ -535,13 +538,22 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
     return tokenizer
 
 
-def check_tokenizer(path: Path, data_path: Path) -> None:
-    """Raises UserError if the manifest beside the shards (data/prepare_text.py) names another."""
-    known = None
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        known = json.loads((data_path / "manifest.json").read_bytes())["tokenizer"]["sha256"]
-    same = known in (None, hashlib.sha256(path.read_bytes()).hexdigest())
-    require(same, f"tokenizer_path={path} is not the one that manifest.json names: use that one")
+def check_tokenizer(hp: Hyperparameters, path: Path) -> str:
+    """The tokenizer's sha256. Raises UserError if the model or the shards were made with another.
+
+    The shards' is in the manifest that data/prepare_text.py writes beside them."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest, shards = Path(hp.data_path) / "manifest.json", None
+    try:
+        shards = json.loads(manifest.read_bytes())["tokenizer"]["sha256"]
+    except (FileNotFoundError, KeyError, TypeError):
+        pass  # no manifest, or of another kind
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"data_path: {manifest} is damaged: prepare the data again") from None
+    for owner, right in (("model's", hp.tokenizer_sha256), ("shards'", shards)):
+        text = f"tokenizer_path={path} is not the {owner}, whose sha256 is {right}: use that one"
+        require(right in (None, digest), text)
+    return digest
 
 
 class TokenBytes:
@@ -569,10 +581,9 @@ class TokenBytes:
 class BatchLoader:
     """Windows of T+1 tokens in a global order that depends on the seed and nothing else.
 
-    The order of an epoch is a permutation of the windows of all shards; each epoch cuts the
-    shards at another phase, so that a repeated text is at least cut elsewhere. Step s takes the
-    next `batch_seqs` windows of the order and a rank its share of them, so every world size
-    trains on the same global batches, and no window repeats before all were used."""
+    The order of an epoch is a permutation of the windows of all shards, which each epoch cuts at
+    another phase. A step takes the next `batch_seqs` windows and a rank its share of them, so
+    every world size trains on the same batches, and no window repeats before all were used."""
 
     def __init__(self, shards: Sequence[np.ndarray], hp: Hyperparameters, runtime: Runtime) -> None:
         self.shards, self.hp, self.runtime = shards, hp, runtime
@@ -616,17 +627,14 @@ class Data(NamedTuple):
 
 
 def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, Data]:
-    """Opens and checks all data before anything expensive; the settings get what the data tell.
-
-    Raises UserError."""
-    path, largest, facts, loader = find_tokenizer(hp), 0, [], None
+    """Opens and checks all data; the settings get what the data tell. Raises UserError."""
+    path, largest, facts, loader, val_tokens = find_tokenizer(hp), 0, [], None, None
     tokenizer, folder, T = load_tokenizer(path), Path(hp.data_path), hp.train_seq_len
-    check_tokenizer(path, folder)
-    pieces = tokenizer.vocab_size()
+    digest, pieces = check_tokenizer(hp, path), tokenizer.vocab_size()
     text = f"tokenizer_path={path} has {pieces} pieces"
     right = hp.vocab_size in (None, pieces)
     require(right, f"{text}, not vocab_size={hp.vocab_size}: use one of that size")
-    hp = replace(hp, vocab_size=pieces, tokenizer_path=str(path))
+    hp = replace(hp, vocab_size=pieces, tokenizer_path=str(path), tokenizer_sha256=digest)
     for split in ("val",) if hp.evaluate else ("train", "val"):
         paths = find_data_shards(folder, split)
         shards = [open_data_shard(path) for path in paths]
@@ -636,36 +644,33 @@ def open_data(hp: Hyperparameters, runtime: Runtime) -> tuple[Hyperparameters, D
         largest = max(largest, *(int(shard.max()) for shard in mine))
         if split == "train":
             loader = BatchLoader(shards, hp, runtime)
-    over, upper = runtime.sum_(torch.tensor([largest >= pieces, largest >= pieces / 2]).int())
-    require(
-        over == 0 < upper,
-        f"{text}, the shards' largest token is {largest}: use the shards' tokenizer",
-    )
-    tokens = np.concatenate(shards)
-    text = f"data_path: {len(tokens)} validation tokens are not more than a window of {T}"
-    require(len(tokens) > T, f"{text}: prepare more text or lower train_seq_len")
-    return hp, Data(loader, tokens, TokenBytes(tokenizer, runtime.device), facts)
+        else:
+            val_tokens = np.concatenate(shards)
+    text = f"{text}, the shards' largest token is {largest}: use the shards' tokenizer"
+    seen = torch.tensor([largest >= pieces, largest >= pieces / 2]).int()
+    too_large, in_upper_half = runtime.sum_(seen).tolist()
+    require(not too_large and in_upper_half > 0, text)
+    text = f"data_path: {len(val_tokens)} validation tokens are not more than a window of {T}"
+    require(len(val_tokens) > T, f"{text}: prepare more text or lower train_seq_len")
+    return hp, Data(loader, val_tokens, TokenBytes(tokenizer, runtime.device), facts)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Layers: pure functions of tensors
+# --- 4. Layers: pure functions of tensors ---------------------------------------------------------
 
 RMS_EPS = 1e-6
 # cuDNN first: 2.2 ms forward and backward of 48x2048 tokens on an H100, FlashAttention 2 3.6 ms.
-ATTENTION = [
-    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
-    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
-]
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+ATTENTION += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Rope = tuple[Tensor, Tensor, int]  # cos and signed sin (T, E), rope_dims / 2
 Scaled = tuple[Tensor, Tensor]  # what is added to a stream, and the weight that it is added with
 
 
-def region(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     """Compiles `function` as one graph, unless the process is set to run eagerly.
 
     The compilation is made at the first call and shared by all models of the process."""
-    compiled = cache(partial(torch.compile, function, dynamic=False, fullgraph=True))
-    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+    graph = cache(partial(torch.compile, function, dynamic=False, fullgraph=True))
+    return wraps(function)(lambda *args, **kwargs: graph()(*args, **kwargs))
 
 
 def any_size(x: Tensor) -> Tensor:
@@ -796,17 +801,23 @@ def block(
 
 # Training compiles a stack of layers as one, for kernels join across layers. Scoring compiles each
 # kind of layer once instead: fewer graphs.
-compiled_block = region(block)
+compiled_block = compiled(block)
 
 
-@region
+@compiled
 def stack(x: Tensor, rows: list, x0: Tensor, rope: Rope, keep: int) -> list[Tensor]:
-    """The last `keep` outputs of layers in turn; an unused one would cost a gradient of zeros."""
-    return [x := block(x, *row, x0, rope) for row in rows][len(rows) - keep :]
+    """The last `keep` outputs of layers in turn; one more would cost a gradient of zeros."""
+    outputs = []
+    for row in rows:
+        x = block(x, *row, x0, rope)
+        outputs.append(x)
+    return outputs[-keep:]
 
 
 def run_layers(x: Tensor, rows: list, x0: Tensor, rope: Rope, keep: int = 1) -> list[Tensor]:
-    """x, and after it the last `keep` outputs of layers in turn; rows: layer, value, skip."""
+    """x, then the outputs of layers in turn, with gradients only the last `keep` of them.
+
+    rows: (layer, value, skip) of each layer."""
     if torch.is_grad_enabled():
         for t in (x, x0, *(pair[0] for row in rows for pair in row[1:] if pair)):
             any_size(t)
@@ -823,7 +834,7 @@ def bigram_rows(ids: Tensor, num_rows: int) -> Tensor:
     return F.pad(rows, (1, 0), value=num_rows - 1)
 
 
-@region
+@compiled
 def embed(
     ids: Tensor, table: Tensor, bigram: tuple[Tensor, ...], gate: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -844,15 +855,14 @@ def next_token_logits(x: Tensor, table: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
-@region
+@compiled
 def token_losses(x: Tensor, targets: Tensor, table: Tensor, softcap: float) -> Tensor:
     """Cross-entropy in nats of each target: x (B*T, D), targets (B*T,) -> (B*T,) float32."""
     logits = next_token_logits(x, table, softcap)
     return F.cross_entropy(logits, targets.long(), reduction="none")
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Recurrence: the core applied K times, and what keeps that stable
+# --- 5. Recurrence: the core applied K times, and what keeps that stable --------------------------
 
 
 class Stability(NamedTuple):
@@ -864,20 +874,20 @@ class Stability(NamedTuple):
     feedback: Tensor  # (K,) mean over B of |c_k| / |h_k|
 
 
-@region
+@compiled
 def error_feedback(h: Tensor, U: Tensor, V: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """c = d * (U V'h) and h + c, of h (B, T, D), U and V (D, rank), d (D,)."""
     c = d.to(h.dtype) * ((h @ V.to(h.dtype)) @ U.to(h.dtype).T)
     return c, h + c
 
 
-@region
+@compiled
 def advance(h: Tensor, z: Tensor, core_z: Tensor, scale: Tensor) -> Tensor:
     """h_{k+1} = h_k + a_k (core(z_k) - z_k)."""
     return h + scale.to(h.dtype) * (core_z - z)
 
 
-@region
+@compiled
 def measure(h: Tensor, h_next: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
     """A pass's term of the proxy (B,), and its mean growth, update and feedback (3,)."""
     # vector_norm's gradient at 0 is 0, where a square root's is infinite.
@@ -898,9 +908,12 @@ def recurrence(
 ) -> tuple[Tensor, Stability]:
     """h_{k+1} = h_k + a_k F(h_k + c_k),  F(z) = core(z) - z,  c_k = d * (U V'h_k)  (PR 1230).
 
-    h_0 (B, T, D) -> h_K. Pass 0 is the plain core, a_0 = 1 and c_0 = 0, so that a model grows
-    without a jump in it; scales: a_1, ..., the last of them for all passes beyond; feedback: U, V
-    and d, or empty for c = 0. The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 is taken of
+    h_0 (B, T, D) -> h_K. Pass 0 is the plain core: a_0 = 1, c_0 = 0. Each layer of the core mixes
+    x0 in again in each pass. scales: a_1, a_2, ..., the last one for all passes beyond; feedback:
+    U, V and d, or empty for c = 0.
+
+    The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 stands for a bound on the Jacobian of
+    a pass: it is 0 unless a pass moves the state by more than the state's norm. It is taken of
     each sequence, so that it does not depend on how the batch is cut among ranks."""
     c, h_next = None, core(h)
     measures = [measure(h, h_next, c)]
@@ -914,15 +927,14 @@ def recurrence(
     return h_next, Stability(torch.stack(terms).sum(0), *torch.stack(ratios).unbind(1))
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Model: a table of parameters, stem -> core x passes -> tail, tied head
+# --- 6. Model: a table of parameters, stem -> core x passes -> tail, tied head --------------------
 
 
 class Parameter(NamedTuple):
     """One row of the table of parameters."""
 
     shape: tuple[int, ...]
-    group: str  # `muon`, or AdamW's `table`, `projection` or `scalar`
+    group: str  # `bank` (Muon; named in BANKS), or AdamW's `table`, `projection` or `scalar`
     start: Callable[[Tensor], Any]  # sets the values at the start, in place
 
 
@@ -935,17 +947,17 @@ def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
     """Every parameter of a GPT: what is allocated, started, optimized and stored.
 
     Orthogonal inputs and zero outputs: every block starts as the identity."""
-    L, D, F, V, rank = hp.num_layers, hp.model_dim, hp.mlp_dim, hp.vocab_size, hp.bigram_dim
+    L, D, width, V, rank = hp.num_layers, hp.model_dim, hp.mlp_dim, hp.vocab_size, hp.bigram_dim
     kv_dim, later = hp.num_kv_heads * hp.head_dim, hp.max_passes - 1
     skips, ve_layers = min(hp.core_start, L - hp.core_end), len(hp.ve_layer_ids)
     zero, one = nn.init.zeros_, nn.init.ones_
     normal, constant = partial(partial, nn.init.normal_), partial(partial, nn.init.constant_)
     table = {
         # Queries, then outputs; keys, then values.
-        "qo_bank": Parameter((2 * L, D, D), "muon", lambda w: orthogonal(w.zero_()[:L])),
-        "kv_bank": Parameter((2 * L, kv_dim, D), "muon", orthogonal),
-        "mlp_up_bank": Parameter((L, F, D), "muon", orthogonal),
-        "mlp_down_bank": Parameter((L, D, F), "muon", zero),
+        "qo_bank": Parameter((2 * L, D, D), "bank", lambda w: orthogonal(w.zero_()[:L])),
+        "kv_bank": Parameter((2 * L, kv_dim, D), "bank", orthogonal),
+        "mlp_up_bank": Parameter((L, width, D), "bank", orthogonal),
+        "mlp_down_bank": Parameter((L, D, width), "bank", zero),
         "tok_emb": Parameter((V, D), "table", normal(std=hp.tied_embed_init_std)),
         "smear_gate": Parameter((D,), "scalar", zero),
         "resid_mix": Parameter((L, 2, D), "scalar", lambda w: w.zero_()[:, 0].fill_(1)),
@@ -1066,8 +1078,7 @@ class GPT(nn.Module):
         return losses.view_as(targets), stability
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Optimization: flat parameters, Parallel Muon and AdamW, weight averages
+# --- 7. Optimization: flat parameters, Parallel Muon and AdamW, weight averages -------------------
 
 BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's, the largest first
 ADAM_GROUPS = ("table", "projection", "scalar")
@@ -1076,9 +1087,8 @@ ADAM_GROUPS = ("table", "projection", "scalar")
 class FlatParameters:
     """All parameters as views of one float32 buffer, their gradients as views of another.
 
-    Muon's banks come first, each padded to `world_size` equal shards of rows, then AdamW's
-    groups. So a reduce-scatter reads a bank where autograd wrote it, an all-gather writes it where
-    the model reads it, and clipping, averaging, snapshots and SGD are one kernel each."""
+    Muon's banks come first, each padded to `world_size` equal shards, then AdamW's groups.
+    Collectives work in place, and clipping, averaging, snapshots and SGD are one kernel each."""
 
     ALIGNMENT = 64  # elements; kernels want every parameter to start at a multiple of 16 bytes
 
@@ -1087,10 +1097,12 @@ class FlatParameters:
         self.shapes = {name: p.shape for name, p in named.items()}
         self.places: dict[str, slice] = {}  # of each parameter
         self.spans: dict[str, slice] = {}  # of each bank with its padding, and of each AdamW group
+        members = {bank: [bank] for bank in BANKS}
+        members |= {g: [n for n in named if table[n].group == g] for g in ADAM_GROUPS}
         size = 0
-        for group in (*BANKS, *ADAM_GROUPS):
+        for group, names in members.items():
             start = size
-            for name in [n for n in named if group in (n, table[n].group)]:
+            for name in names:
                 self.places[name] = slice(size, size + named[name].numel())
                 unit = self.ALIGNMENT
                 if group in BANKS:
@@ -1144,9 +1156,8 @@ def newton_schulz(g: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 class Optimizer:
     """Parallel Muon on the banks, AdamW on the rest; call `reduce` after backward, then `step`.
 
-    Muon: Jordan et al. 2024. Each rank holds the momentum of, and orthogonalizes, its own rows of
-    each bank: of R ranks rank r has the r-th of R equal parts of a bank's matrices, zero-padded
-    (PR 549). One step:
+    Muon: Jordan et al. 2024. A bank's rows are matrices. Rank r of R updates the r-th of R equal
+    parts of each bank, zero-padded, and keeps the momentum of that part alone (PR 549). One step:
         reduce-scatter all banks, all-reduce the rest      -> summed gradients, their global norm
         for each bank: momentum, Newton-Schulz, update     -> all-gather while the next one works
         AdamW                                              -> while the last all-gathers fly"""
@@ -1186,7 +1197,7 @@ class Optimizer:
         works = []
         clip = (self.hp.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for bank in BANKS:
-            self.update_rows(bank, self.bank_grads[bank] * clip, lr_scale, momentum)
+            self.update_bank(bank, self.bank_grads[bank] * clip, lr_scale, momentum)
             if self.runtime.world_size > 1:
                 works.append(self.flat.gather(self.flat.data, bank, self.runtime))
         self.rest.mul_(clip)
@@ -1196,7 +1207,7 @@ class Optimizer:
         for work in works:
             work.wait()
 
-    def update_rows(self, bank: str, grad: Tensor, lr_scale: float, momentum: float) -> None:
+    def update_bank(self, bank: str, grad: Tensor, lr_scale: float, momentum: float) -> None:
         """Muon with Nesterov momentum and decoupled weight decay on this rank's rows of a bank.
 
         MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first."""
@@ -1233,8 +1244,7 @@ class WeightAverage:
         return self.swa if self.samples else self.weights if self.ema is None else self.ema
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Training: the plan of a step, warm-up, then the clock and the loop, checkpoints
+# --- 8. Training: the plan of a step, warm-up, then the clock and the loop, checkpoints -----------
 
 
 class StepPlan(NamedTuple):
@@ -1253,10 +1263,10 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     lr_scale = min(1.0, max(0.0, 1 - progress) / hp.warmdown_frac)
     warm = min(1.0, progress / hp.muon_momentum_warmup_frac)
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
-    # A momentum m averages 1 / (1 - m) steps; at most muon_momentum_frac of the run's steps, whose
-    # number is step / progress if they go on as they did. Less than 0.85 never (records/NOTES.md).
-    longest = 1 - progress / max(1, step) / hp.muon_momentum_frac
-    momentum = min(momentum, max(0.85, longest))
+    # A momentum of m averages 1 / (1 - m) steps, at most muon_momentum_frac of the run's steps, of
+    # which there are step / progress at its pace. A bound below 0.85 hurts (records/NOTES.md).
+    bound = 1 - progress / max(1, step) / hp.muon_momentum_frac
+    momentum = min(momentum, max(0.85, bound))
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
     return StepPlan(passes, qat, swa, lr_scale, momentum)
 
@@ -1292,9 +1302,8 @@ def near_equal_parts(rows: Tensor, most: int) -> list[Tensor]:
 class Clock:
     """The run's progress and stops: what rank 0's clock and any rank's signals decide, all follow.
 
-    A GPU's queue holds one step more than it works on, so a step begins one step later than the
-    host says. Training stops before a step that would end after the cap, were it as slow as the
-    slowest of the last ones."""
+    A GPU is one step behind the host. Training stops before a step that would end after the cap,
+    were it as slow as the slowest of the last ones."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.hp, self.runtime, self.stop = trainer.hp, trainer.runtime, trainer.stop
@@ -1308,22 +1317,24 @@ class Clock:
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
 
-    def read(self, step: int) -> tuple[float, bool]:
-        """The run's progress as `step` begins, 1 if there is none; whether a checkpoint is due."""
+    def read(self, step: int) -> tuple[float, bool, bool]:
+        """As `step` begins: the run's progress, whether it ends, whether a checkpoint is due."""
         now, total = time.perf_counter(), self.hp.iterations
         self.recent = [*self.recent[-15:], now - self.last]
-        begin, self.last = now - self.started + self.recent[-1] * self.runtime.on_gpu, now
+        self.last = now
+        begin = now - self.started + self.recent[-1] * self.runtime.on_gpu
         over = begin >= self.cap or begin + max(self.recent) > self.cap
         every = self.hp.checkpoint_seconds or math.inf
         due = now - self.last_checkpoint >= every and self.cap - begin >= every  # none at the end
-        facts = [float(fact) * self.runtime.is_main for fact in (begin / self.cap, over, due)]
-        facts = torch.tensor([*facts, self.stop.noted], dtype=torch.float64)
-        by_time, over, due, signals = self.runtime.sum_(facts).tolist()
+        told = [float(x) * self.runtime.is_main for x in (begin / self.cap, over, due)]
+        told = torch.tensor([*told, self.stop.noted], dtype=torch.float64)
+        by_time, over, due, signals = self.runtime.sum_(told).tolist()
         self.last_checkpoint = now if due else self.last_checkpoint
         self.interrupted = signals > 0
-        by_steps = 0.0 if total is None else step / total if total else 1.0
+        by_steps = 0.0 if total is None else step / max(1, total)
         self.progress = max(self.progress, min(by_time, 1.0), by_steps)  # it never goes back
-        return 1.0 if over or signals else self.progress, due > 0
+        ends = over > 0 or self.interrupted or step == total
+        return self.progress, ends, due > 0
 
     def forecast(self, passes: int) -> str:
         """How the run goes on, in words."""
@@ -1352,7 +1363,7 @@ class Trainer:
         self.plan: StepPlan | None = None  # of the last step
         self.phase_start = 0  # the step that first had as many passes as the last one
         self.floor_index: int | None = None  # of QAT, once it has begun
-        self.norm_before: tuple[Any, torch.cuda.Event | None] = (0.0, None)  # still on its way
+        self.norm_sent: tuple[Tensor, torch.cuda.Event | None, int] | None = None  # to the host
 
     def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
         """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
@@ -1409,8 +1420,8 @@ class Trainer:
         hp, log, clock, graphs = self.hp, self.log, Clock(self), graphs_compiled()
         log.has_results, score = True, ""
         while True:
-            progress, checkpoint_due = clock.read(self.step)
-            if progress >= until:
+            progress, ends, checkpoint_due = clock.read(self.step)
+            if ends or progress >= until:
                 break
             if checkpoint_due:
                 self.elapsed = clock.elapsed()
@@ -1426,7 +1437,7 @@ class Trainer:
                 clock.last = time.perf_counter()
                 clock.started += clock.last - since  # it is not the run's time
             log.progress(f"step {self.step}, {score}, {clock.forecast(self.plan.num_passes)}")
-        self.check_norm(None)
+        self.check_norm()
         self.runtime.barrier()
         self.elapsed, memory = clock.elapsed(), 0
         if self.runtime.on_gpu:
@@ -1456,24 +1467,23 @@ class Trainer:
         self.optimizer.step(norm, plan.lr_scale, plan.momentum)
         self.average.update(progress, plan.swa)
         self.step += 1
-        self.check_norm(norm)
+        # The host waits for the step before, and so is never further ahead than this one.
+        sent = norm.detach().to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if norm.is_cuda else None
+        self.check_norm()
+        self.norm_sent = (sent, arrived, self.step)
         return sums, norm
 
-    def check_norm(self, norm: Tensor | None) -> None:
-        """Raises FloatingPointError if the gradient's norm of the step before is not finite.
-
-        It waits for that step: the host is never further ahead, and the GPU never waits for it."""
-        (value, event), self.norm_before = self.norm_before, (0.0, None)
-        if event is not None:
-            event.synchronize()
-        step = self.step - (norm is not None)
-        if not math.isfinite(value):
-            text = f"step {step}: the gradient's norm is {float(value)}, the run diverged"
+    def check_norm(self) -> None:
+        """Waits for the norm that is on its way. Raises FloatingPointError if it is not finite."""
+        if self.norm_sent is None:
+            return
+        (norm, arrived, step), self.norm_sent = self.norm_sent, None
+        if arrived is not None:
+            arrived.synchronize()
+        if not math.isfinite(norm):
+            text = f"step {step}: the gradient's norm is {float(norm)}, the run diverged"
             raise FloatingPointError(f"{text}: lower matrix_lr or residual_scale_init")
-        if norm is not None:
-            copied = norm.detach().to("cpu", non_blocking=True)
-            event = torch.cuda.current_stream().record_event() if norm.is_cuda else None
-            self.norm_before = copied, event
 
     def log_step(self, sums: Tensor, norm: Tensor, clock: Clock) -> str:
         """Logs a step in a line for people and one for plots; returns its scores in words."""
@@ -1586,8 +1596,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     trainer.log.event("resume", step=trainer.step, train_time=spent)
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Compression: GPTQ-lite int6, one knob for the size, lzma, and a reader that trusts nothing
+# --- 9. Compression: GPTQ-lite int6, one knob for the size, lzma, a reader that trusts nothing ----
 
 # GPTQ-lite's clip candidates, as quantiles of a row's |w|; 1.0 does not clip.
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -1626,7 +1635,7 @@ def quantize(w: Tensor, scale: Tensor, levels: int) -> Tensor:
     return torch.round(w / scale).clamp(-levels, levels)
 
 
-@region
+@compiled
 def fake_quantize(w: Tensor, floor: Tensor) -> Tensor:
     """What the export stores of w (..., rows, cols), with the gradient of w itself."""
     with torch.no_grad():
@@ -1706,27 +1715,26 @@ def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
 
 def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: float) -> int:
     """The finest floor whose estimated size fits: where the export's search starts, and QAT's."""
-    fits, too_large = 0, FINEST_FLOOR_INDEX + 1
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        fit = entropy_bytes(tensors, floor_value(middle)) <= limit_bytes
-        fits, too_large = (middle, too_large) if fit else (fits, middle)
-    return fits
+    indices = range(1, FINEST_FLOOR_INDEX + 1)
+    return bisect.bisect(indices, limit_bytes, key=lambda i: entropy_bytes(tensors, floor_value(i)))
 
 
 def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
-    """Writes the finest artifact that fits beside the code, and says where it lies.
+    """Writes an artifact that fits beside the code, near the finest; returns where it lies.
 
-    Its size is estimated, the estimate corrected by a first try, and the floor raised until the
-    file fits. Raises UserError if none does."""
-    limit, code, step = model_limit(hp), code_bytes(), 1
+    Its size is estimated, and the estimate corrected by each try. Raises UserError if none fits."""
+    limit = model_limit(hp)
+    code = hp.artifact_limit_bytes - limit
     attempt = cache(partial(compress, hp.architecture(), tensors))
-    index = estimate_floor_index(tensors, limit)
-    off = len(attempt(index)) / entropy_bytes(tensors, floor_value(index))
-    index = estimate_floor_index(tensors, limit / off)
+
+    def corrected(index: int) -> int:
+        share = entropy_bytes(tensors, floor_value(index)) / len(attempt(index))
+        return estimate_floor_index(tensors, limit * share)
+
+    index = corrected(estimate_floor_index(tensors, limit))
     while len(attempt(index)) > limit and index > 0:
         log.event("export_probe", floor_index=index, artifact_bytes=len(attempt(index)))
-        index, step = max(0, index - step), 2 * step
+        index = min(index - 1, corrected(index))
     model, fits = len(attempt(index)), len(attempt(index)) <= limit
     path = path if fits else path.with_suffix(".oversize.xz")
     path = write_or_rescue(path, attempt(index), log)
@@ -1751,7 +1759,7 @@ def read_header(text: bytes) -> Hyperparameters:
 
 
 def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """The architecture (other settings at their defaults) and the float32 tensors of an artifact.
+    """The architecture, as settings, and the float32 tensors of an artifact.
 
     The file is untrusted and nothing in it is executed: the settings in its header are checked
     like a user's, and the payload must have exactly the size that they imply. Raises UserError."""
@@ -1776,8 +1784,7 @@ def read_artifact(path: Path) -> tuple[Hyperparameters, dict[str, Tensor]]:
     return hp, unpack(payload, shapes)
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Evaluation: every token scored exactly once, plain, sliding, and before each TTT update
+# --- 10. Evaluation: three ways, each scores every token exactly once -----------------------------
 
 
 def scoring_windows(first: int, last: int, seq_len: int, stride: int) -> np.ndarray:
@@ -1929,8 +1936,7 @@ class Evaluator:
             (losses.sum() / (len(starts) * T)).backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. Kernels: the fused MLP of Hopper GPUs (not needed to understand the method)
+# --- 11. Kernels: the fused MLP of Hopper GPUs (not needed to understand the method) --------------
 if triton is not None:
 
     @triton.jit
@@ -1981,9 +1987,9 @@ class FusedMLP(torch.autograd.Function):
     """leaky(x up')^2 down' of x (M, D), squared inside the product: on an H100 a step of 786,432
     tokens takes 574 ms, not 601, and 3.1 of 17.0 GiB less.
 
-    u = x up' is never written: backward needs |u|, the root of its square s, and u's sign, which is
-    s's last bit: s is rounded to an even bfloat16, or an odd one if u < 0. That errs by 2^-7 at
-    most, as rounding u before the square would."""
+    u = x up' is never written. Backward needs |leaky(u)|, the root of the square s, and the sign of
+    u, which is s's last bit: s is rounded to an even bfloat16, or to an odd one if u < 0. That errs
+    by 2^-7 at most, as rounding u before the square would."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -2005,8 +2011,7 @@ def fuses_mlp(device: torch.device, dtype: torch.dtype, up_shape: Sequence[int])
     return fits and nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
-# --------------------------------------------------------------------------------------------------
-# 12. Main: settings -> data -> model -> train -> average -> export -> load -> evaluate
+# --- 12. Main: settings -> data -> model -> train -> average -> export -> load -> evaluate --------
 
 
 def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
@@ -2016,11 +2021,9 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
     log, artifact, checkpoints = (Path(hp.output_dir) / f"{run_id}{end}" for end in suffixes)
     kept = (artifact,) if hp.resume else (log, artifact, checkpoints)
     existing = runtime.from_main([str(path) for path in kept if path.exists()])
-    remedy = "choose another run_id"
-    if str(artifact) in existing:
-        remedy = f"{remedy}, or score it again with --evaluate {artifact}"
-    elif str(checkpoints) in existing:
-        remedy = f"{remedy}, or go on from its checkpoint with --resume"
+    also = {str(artifact): f", or score it again with --evaluate {artifact}"}
+    also |= {str(checkpoints): ", or go on from its checkpoint with --resume"}
+    remedy = "choose another run_id" + next((also[path] for path in also if path in existing), "")
     require(not existing, f"run_id: {', '.join(existing)} would be overwritten: {remedy}")
     # A finished run's artifact may lie elsewhere: its folder's disk was full.
     done = log.is_file() and b"\nartifact " in log.read_bytes() and hp.resume
@@ -2035,22 +2038,17 @@ def check_paths(hp: Hyperparameters) -> None:
     folder = next(path for path in (output, *output.parents) if path.exists())
     need = 0 if hp.evaluate else hp.artifact_limit_bytes
     room = shutil.disk_usage(folder).free > need
-    data = "run data/download_fineweb.py or data/prepare_text.py, or set DATA_PATH"
     require_all(
-        (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {data}"),
+        (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {DATA_REMEDY}"),
         (find_tokenizer(hp).is_file(), f"tokenizer_path={find_tokenizer(hp)} is missing: set it"),
         (losses.parent.is_dir() and not losses.is_dir(), f"token_losses={losses} can be no file"),
         (room, f"output_dir={output}: less than {need} bytes free"),
     )
 
 
-def code_bytes() -> int:
-    return Path(__file__).stat().st_size
-
-
 def model_limit(hp: Hyperparameters) -> int:
     """Bytes that the code leaves for the model."""
-    return hp.artifact_limit_bytes - code_bytes()
+    return hp.artifact_limit_bytes - Path(__file__).stat().st_size
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -2133,12 +2131,14 @@ def train(
     trainer.warm_up(evaluator)
     log.phase("warm_up")
     keeps = hp.on_signal == "checkpoint"
-    aim = "writes a checkpoint and ends" if keeps else "exports and scores what it has"
-    stop.advice = f"the run {aim}; a second signal ends it at once"
+    second = "; a second signal ends it at once"
+    exports = f"the run exports and scores what it has{second}"
+    stop.advice = f"the run writes a checkpoint and ends{second}" if keeps else exports
     interrupted = trainer.train(evaluator, checkpoints)
     log.phase("training")
     if interrupted and keeps and save_checkpoint(trainer, checkpoints):
         return EXIT_CHECKPOINTED, artifact
+    stop.advice = exports
     passes = trainer.average_weights()
     evaluator.run("pre_quant_exact", trainer.model, hp.train_seq_len, passes)
     log.phase("pre_quant_evaluation")
@@ -2147,7 +2147,7 @@ def train(
         artifact = export(replace(hp, eval_passes=passes), tensors, artifact, log)
     log.phase("export")
     stop.advice, stop.farewell = "", f": score {artifact} with --evaluate {artifact}"
-    return EXIT_EXPORTED if interrupted else 0, artifact
+    return EXIT_EXPORTED if interrupted or stop.noted else 0, artifact
 
 
 def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
@@ -2156,7 +2156,7 @@ def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
     stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
     hp = adopt(hp, stored)
     if hp.eval_passes > (stored.eval_passes or stored.max_passes):
-        text = f"{hp.eval_passes} passes score, {stored.eval_passes} were trained"
+        text = f"scores with {hp.eval_passes} passes, the run did with {stored.eval_passes}"
         log.event("warning", text=text)
     model = build_model(hp, runtime, log)
     model.load_state_dict(tensors)

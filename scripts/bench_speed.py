@@ -107,7 +107,7 @@ def model_flops(hp: Hyperparameters, passes: int) -> dict[str, int]:
     weights = 0
     for name, parameter in train_gpt.parameter_table(hp).items():
         size = math.prod(parameter.shape)
-        if parameter.group == "muon":
+        if parameter.group == "bank":
             weights += size // hp.num_layers * layers
         elif parameter.group == "projection":
             weights += size

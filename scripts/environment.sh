@@ -30,14 +30,15 @@ install() {
 }
 
 # read_env FILE: exports the variables of its KEY=value lines that are not set yet. Line ends may
-# be LF or CRLF; quotes around a value are dropped.
+# be LF or CRLF; quotes around a value are dropped; lines that begin with # are comments.
 read_env() {
   [ -f "$1" ] || fail "$1 is missing: name a file of KEY=value lines"
   local line name value
   while IFS= read -r line || [ -n "$line" ]; do
-    line=${line%$'\r'}
+    line=${line%$'\r'} line=${line#$'\xef\xbb\xbf'}
     line=${line#export }
-    [[ $line =~ ^[A-Z][A-Z0-9_]*= ]] || continue
+    [[ -n ${line//[[:space:]]/} && $line != \#* ]] || continue
+    [[ $line =~ ^[A-Z][A-Z0-9_]*= ]] || fail "$1 has a line that is no NAME=VALUE: $line"
     name=${line%%=*} value=${line#*=}
     value=${value#[\"\']} value=${value%[\"\']}
     [ -n "${!name+set}" ] || export "$name=$value"

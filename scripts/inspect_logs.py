@@ -143,7 +143,7 @@ def parse_line(line: str) -> Event | None:
     matches = [PAIR.fullmatch(word) for word in words]
     if not matches or None in matches:
         return None
-    pairs = {match[1]: unquote(match[2]) for match in matches if match}
+    pairs = {match[1]: unquote(match[2], errors="surrogateescape") for match in matches if match}
     return Event(name, pairs) if len(pairs) == len(words) else None
 
 

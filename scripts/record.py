@@ -611,11 +611,15 @@ def read_env(path: Path) -> dict[str, str]:
     Relative paths in it are taken from the repository's root.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise RecordError(f"--env: {path} cannot be read ({error})") from None
-    matches = [re.fullmatch(r"(?:export )?([A-Z][A-Z0-9_]*)=(.*?)\s*", line) for line in lines]
-    env = {match[1]: match[2].strip("\"'") for match in matches if match}
+    env = {}
+    for line in (line for line in lines if line.strip() and not line.startswith("#")):
+        match = re.fullmatch(r"(?:export )?([A-Z][A-Z0-9_]*)=(.*?)\s*", line)
+        if not match:
+            raise RecordError(f"--env: {path} has a line that is no NAME=VALUE: {line[:40]!r}")
+        env[match[1]] = match[2].strip("\"'")
     return env | {name: str(ROOT / env[name]) for name in DATA_PATHS if name in env}
 
 

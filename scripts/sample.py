@@ -16,6 +16,7 @@ safetensors), and beside them the architecture as JSON.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,7 @@ def find_tokenizer(artifact: Path, named: Path | None) -> Path:
         with suppress(LogError):
             logged = read_run(log).config.get("tokenizer_path")
             places = [Path(logged), ROOT / logged, *places] if logged else places
+    places = list(dict.fromkeys(places))
     for place in places:
         if place.is_file():
             return place
@@ -123,11 +125,15 @@ def generate(
     model: GPT, ids: Sequence[int], banned: Sequence[int], passes: int, args: argparse.Namespace
 ) -> Iterator[int]:
     """args.tokens tokens that follow ids; each sees the window's tokens before it."""
-    ids, T = list(ids), model.hp.train_seq_len
+    ids, T, device = list(ids), model.hp.train_seq_len, model.tok_emb.device
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.tokens):
-        window = torch.tensor([ids[-T:]], dtype=torch.int32, device=model.tok_emb.device)
-        logits = model.logits(window, passes)[0, -1].cpu()
+        seen = ids[-T:]
+        # A GPU plans its kernels for each shape, so there it always gets a whole window: tokens
+        # after the text cannot change what is read before them.
+        rest = [0] * (T - len(seen)) if device.type == "cuda" else []
+        window = torch.tensor([seen + rest], dtype=torch.int32, device=device)
+        logits = model.logits(window, passes)[0, len(seen) - 1].cpu()
         logits[list(banned)] = -torch.inf
         ids.append(choose(logits, args, generator))
         yield ids[-1]
@@ -173,9 +179,9 @@ def run(args: argparse.Namespace) -> None:
         return
     path = find_tokenizer(args.artifact, args.tokenizer)
     tokenizer, hp = train_gpt.load_tokenizer(path), model.hp
-    pieces = tokenizer.vocab_size()
-    text = f"tokenizer {path} has {pieces} pieces, the model {hp.vocab_size}"
-    require(pieces == hp.vocab_size, f"{text}: name the run's own with --tokenizer")
+    pieces, digest = tokenizer.vocab_size(), hashlib.sha256(path.read_bytes()).hexdigest()
+    own = pieces == hp.vocab_size and hp.tokenizer_sha256 in (None, digest)
+    require(own, f"tokenizer {path} is not the model's: name the run's own with --tokenizer")
     ids = encode(tokenizer, args.prompt)
     if len(ids) > hp.train_seq_len:
         text = f"the prompt has {len(ids)} tokens, the model sees the last {hp.train_seq_len}"

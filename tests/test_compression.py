@@ -206,7 +206,7 @@ def test_the_size_grows_with_the_floor_index_and_its_estimate_is_close(tiny):
 def test_export_spends_the_limit_and_never_exceeds_it(tiny, random_model, tmp_path, monkeypatch):
     model = random_model(tiny())
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    monkeypatch.setattr("train_gpt.code_bytes", lambda: 5000)
+    monkeypatch.setattr("train_gpt.model_limit", lambda hp: hp.artifact_limit_bytes - 5000)
     full = len(compress(model.hp.architecture(), tensors, FINEST_FLOOR_INDEX))
     coarse = len(compress(model.hp.architecture(), tensors, 0))
     limit = (full + coarse) // 2

@@ -40,7 +40,8 @@ def test_the_file_of_a_windows_editor_reads_like_any_other(tmp_path):
 
 def test_a_file_that_is_no_list_of_settings_is_refused(tmp_path):
     file = tmp_path / "a.env"
-    for content, named in ((b"SEDE=5\n", "sede"), (b"\xff\xfe\0", "cannot be read")):
+    cases = [(b"SEDE=5\n", "sede"), (b"\xff\xfe\0", "cannot be read"), (b"SEED 5\n", "SEED 5")]
+    for content, named in cases:
         file.write_bytes(content)
         assert named in mistakes({}, "--env", str(file))
     assert "cannot be read" in mistakes({}, "--env", str(tmp_path / "none"))

@@ -140,12 +140,17 @@ def test_a_tokenizer_that_is_not_the_shards_is_refused(folder, tiny, runtime):
     hp, manifest = tiny(data_path=str(folder)), folder / "manifest.json"
     assert "has 320 pieces, not vocab_size=1024" in refusal(replace(hp, vocab_size=1024), runtime)
     own = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    for text in (json.dumps({"tokenizer": {"sha256": own}}), "{}", "[]", "[" * 100_000, "no JSON"):
+    for text in (json.dumps({"tokenizer": {"sha256": own}}), "{}", "[]"):
         manifest.write_text(text)
-        open_data(hp, runtime)
+        assert open_data(hp, runtime)[0].tokenizer_sha256 == own
+    for text in ("[" * 100_000, "no JSON", ""):
+        manifest.write_text(text)
+        assert "manifest.json is damaged" in refusal(hp, runtime)
     manifest.write_text(json.dumps({"tokenizer": {"sha256": own[::-1]}}))
-    assert "is not the one that" in refusal(hp, runtime)
+    assert "is not the shards', whose sha256 is" in refusal(hp, runtime)
     manifest.unlink()
+    another = refusal(replace(hp, tokenizer_sha256=own[::-1]), runtime)
+    assert "is not the model's, whose sha256 is" in another
     for path in folder.glob("*.bin"):
         write_shard(path, open_data_shard(path).clip(max=159))  # of a tokenizer of 160 pieces
     assert "has 320 pieces, the shards' largest token is 159" in refusal(hp, runtime)

@@ -221,7 +221,7 @@ def test_parameters_are_counted_and_grouped():
     assert sum(sizes.values()) == 26_698_335 + 2_560 - 1
     assert sum(n for name, n in sizes.items() if name.startswith("feedback_")) == 2_560
     of_group = lambda group: {name for name, row in table.items() if row.group == group}  # noqa: E731
-    assert of_group("muon") == set(BANKS)
+    assert of_group("bank") == set(BANKS)
     assert of_group("table") == {"tok_emb", "bigram_table", "ve_table"}
     assert of_group("projection") == {"bigram_proj", "ve_proj"}
 

@@ -112,7 +112,7 @@ def test_adamw_moves_every_other_parameter_and_decays_no_scalar(tiny, runtime, c
     optimizer.step(optimizer.reduce(), lr_scale=0.5, momentum=0.9)
     for name, p in model.named_parameters():
         group = parameter_table(hp)[name].group
-        if group == "muon":
+        if group == "bank":
             continue
         lr = 0.5 * (0.02 if group == "table" else 0.01)
         decay = 0.0 if group == "scalar" else 0.5

@@ -501,6 +501,13 @@ def test_files_of_settings_are_read_alike_by_shell_and_python(env_file, corpus):
     assert (env["ITERATIONS"], env["VOCAB_SIZE"]) == ("6", str(corpus.vocab_size))
     with pytest.raises(record.RecordError, match="cannot be read"):
         record.read_env(env_file.parent)
+    foreign = env_file.with_name("foreign.env")
+    foreign.write_bytes("\ufeff# a comment\nSEED 5\n".encode())
+    with pytest.raises(record.RecordError, match="SEED 5"):
+        record.read_env(foreign)
+    program = program.replace(str(env_file), str(foreign))
+    done = subprocess.run(["bash", "-ec", program], capture_output=True, text=True)
+    assert (done.returncode, "SEED 5" in done.stderr) == (2, True)
 
 
 def test_a_base_of_several_seeds_is_compared_alike_by_package_and_check(tmp_path):

@@ -26,8 +26,7 @@ def tracked() -> list[str]:
 
 
 def test_the_contents_are_the_banners():
-    banners = [LINES[i + 1] for i, line in enumerate(LINES[:-2]) if line == "# " + "-" * 98]
-    titles = [m for line in banners if (m := re.match(r"# (\d+)\. ([^:]+)", line))]
+    titles = [m for line in LINES if (m := re.fullmatch(r"# --- (\d+)\. ([^:]+): .* -+", line))]
     contents = SOURCE.split("# Contents")[1].split("# Shapes")[0]
     listed = re.findall(r"(\d+)\. +(\w+(?: \w+)*)", contents)
     assert [(m[1], m[2].strip()) for m in titles] == listed

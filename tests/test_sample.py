@@ -1,5 +1,6 @@
 """What a model writes: logits, the choice among them, and scripts/sample.py as its user runs it."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -130,6 +131,14 @@ def test_a_damaged_artifact_and_another_tokenizer_are_refused(artifact, tmp_path
     cut = tmp_path / "cut.int6.xz"
     cut.write_bytes(artifact.read_bytes()[:-9])
     assert "damaged" in run(cut, "the").stderr
+    for name in ("run.int6.xz", "tokenizer.model"):
+        (tmp_path / name).write_bytes(artifact.with_name(name).read_bytes())
+    hp, tensors = read_artifact(artifact)
+    for own, code in ((artifact.with_name("tokenizer.model").read_bytes(), 0), (b"another", 2)):
+        pinned = hp.architecture() | {"tokenizer_sha256": hashlib.sha256(own).hexdigest()}
+        (tmp_path / "run.int6.xz").write_bytes(compress(pinned, tensors, FINEST_FLOOR_INDEX))
+        done = run(tmp_path / "run.int6.xz", "the", "--tokens", 2)
+        assert (done.returncode, "is not the model's" in done.stderr) == (code, code == 2)
     done = run(artifact, "x " * 40, "--tokens", 2)
     assert "sees the last 32" in done.stderr
     assert done.returncode == 0
