@@ -94,6 +94,10 @@ REWRITES = tuple(
     )
 )
 PAIR = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):(\S+)")
+# Lines that only today's format has.
+TODAY = ("run ", "code ", "defaults ", "phase ", "passes ")
+# What is measured or counted: a number, and not below 0.
+MEASURED = {"train_loss", "train_time", "val_loss", "val_bpb", "seconds", *SIZES}
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(ms|s)?")
 
 
@@ -252,7 +256,10 @@ def read_run(path: Path) -> Run:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         raise LogError(f"{path} cannot be read ({error.strerror}): check the name") from None
-    return build_run(path, text)
+    run = build_run(path, text)
+    if not run.events:
+        raise LogError(f"{path} has no line of a run's log: name logs of train_gpt.py")
+    return run
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -266,7 +273,7 @@ def build_run(path: Path, text: str) -> Run:
     *lines, cut = text.split("\n")
     parsed = [parse_line(line.rstrip("\r")) for line in lines]
     events = list(expand(parsed))
-    older, problems = not any(event.name == "run" for event in events), []
+    older, problems = not any(line.startswith(TODAY) for line in lines), []
     for number, (line, event) in enumerate(zip(lines, parsed, strict=True), 1):
         # An older log has its source and free text between the lines, and the last line of a
         # killed run, which the run line of another follows, may be cut.
@@ -276,6 +283,12 @@ def build_run(path: Path, text: str) -> Run:
     if cut:
         problems.append(f"line {len(lines) + 1} is cut off and was not used: {cut[:60]!r}")
     events = join_resumed(events, problems)
+    for event in events:
+        for key in sorted(MEASURED & event.pairs.keys()):
+            value = event.number(key)
+            if value is None or value < 0:
+                text = f"{key}:{event.pairs[key]}, which is no measurement"
+                problems.append(f"a line of {event.name or f'step {event.step}'} has {text}")
     if sum(event.name == "run" for event in events) > 1:
         problems.append("several runs wrote into this log: its numbers mix them")
     run = Run(path, events, older, problems)
@@ -638,11 +651,24 @@ def gaps(runs: Sequence[Run]) -> list[str]:
     seeds = [run.seed for run in runs if run.seed is not None]
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     lines = [f"seed {s} is in several logs: the deviation is not one over seeds" for s in twice]
+    lines += unlike(runs)
     for run in runs:
         if run.missing:
             lines.append(f"{run.path} is missing: {'; '.join(run.missing)}")
         lines += [f"{run.path}: {problem}" for problem in run.problems]
     return lines
+
+
+def unlike(runs: Sequence[Run]) -> Iterator[str]:
+    """In what the runs are not seeds of one configuration, so that their mean says little."""
+    first = runs[0]
+    for run in runs[1:]:
+        found = differences(first.events, run.events)
+        one, two = ([passes for _, passes in r.growth] for r in (first, run))
+        found += [f"the passes that they reached ({one}, {two})"] if one != two else []
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        if found:
+            yield f"{first.path} and {run.path} differ in {', '.join(found[:3])}{more}"
 
 
 def scalars(run: Run) -> Iterator[tuple[str, int, float, float]]:

@@ -198,8 +198,6 @@ def compare_logs(expected: str, found: str, shipped: bytes) -> int:
 
 def verify(source: Path, shipped: Path, data: Path) -> str:
     """Runs both files; returns what was equal. Raises Difference at the first difference."""
-    if not data.is_dir():
-        raise Difference(f"no data in {data}: run scripts/demo.sh, or name a folder with --data")
     for arguments in (["--help"], *WRONG_SETTINGS):
         expected, found = run(source, arguments, {}), run(shipped, arguments, {})
         if expected != found:
@@ -244,6 +242,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"{source} would be overwritten: name another --output")
     if output.is_dir():
         parser.error(f"{output} is a folder: name a file with --output")
+    if args.verify and not args.data.is_dir():
+        parser.error(f"no data in {args.data}: run scripts/demo.sh, or name a folder with --data")
     try:
         text = source.read_text(encoding="utf-8")
         code = minify(text)

@@ -174,6 +174,10 @@ def training_errors(run: Run) -> Iterator[str]:
         if cap is not None and line.seconds > cap and line.step < steps - 2:
             yield f"step {line.step} ended after its wall clock of {cap:g} s, {steps} were made"
             break
+    finals = [run.last(word) for name, word in logs.SCORES.items() if name != "pre_quant"]
+    parts, whole = sum(e.number("seconds") or 0 for e in finals), run.phases.get("evaluation", 0)
+    if parts > whole + 0.01:
+        yield f"its scores took {parts:.3f} s, the whole evaluation {whole:.3f} s"
     if run.last("stop").number("interrupted"):
         yield "a signal ended its training early"
     if cap is None and run.config.get("max_wallclock_seconds", "None") != "None":
@@ -218,6 +222,9 @@ def log_errors(runs: Sequence[Run]) -> Iterator[str]:
             yield from (f"{name}: {text}" for text in errors(run))
         for text in logs.differences(runs[0].events, run.events):
             yield f"{runs[0].path.name} and {name} differ in {text}"
+        one, two = ([passes for _, passes in r.growth] for r in (runs[0], run))
+        if one != two:
+            yield f"{runs[0].path.name} reached {one} passes, {name} {two}: their mean says little"
     seeds = [run.seed for run in runs]
     for seed in sorted({seed for seed in seeds if seed is not None and seeds.count(seed) > 1}):
         yield f"seed {seed} is in more than one log"
@@ -420,11 +427,11 @@ def package(args: argparse.Namespace) -> Path:
     runs = read_logs(source)
     if not runs:
         raise RecordError(f"{source} has no train_seed<N>.log: scripts/run_seeds.sh makes them")
-    notes = read_notes(args.notes) if args.notes else "Nothing was noted down for this record."
     submission = build_submission(runs, identity, args.track, logs.read_base(args))
     target = RECORDS / submission["track"] / folder_name(submission)
     if target.exists() and not args.replace:
         raise RecordError(f"{target} exists: choose another --name, or --replace it")
+    notes = read_notes(args.notes) if args.notes else notes_of(target)
     RECORDS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=RECORDS) as scratch:
         folder = Path(scratch, submission["track"], target.name)
@@ -452,6 +459,14 @@ def read_notes(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except UnicodeError:
         raise RecordError(f"--notes: {path} is no text in UTF-8: convert it") from None
+
+
+def notes_of(folder: Path) -> str:
+    """The author's notes of the record that is replaced, if there is one."""
+    text = ""
+    if (folder / README).is_file():
+        text = (folder / README).read_text("utf-8", "replace").rpartition(f"*{NOT_CHECKED}.*\n")[2]
+    return text.strip() or "Nothing was noted down for this record."
 
 
 def draw_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -482,7 +497,7 @@ def print_notes(folder: Path) -> None:
 
 def read_logs(folder: Path) -> list[Run]:
     return logs.read_runs(
-        sorted(path for path in folder.iterdir() if LOG_NAME.fullmatch(path.name))
+        sorted(p for p in folder.iterdir() if LOG_NAME.fullmatch(p.name) and p.is_file())
     )
 
 
@@ -644,7 +659,7 @@ def rerun(folder: Path, env_file: Path) -> list[str]:
     errors += artifact_errors(run)
     errors += [f"the rerun left {path.name}" for path in sorted(set(folder.iterdir()) - before)]
     if run.final:
-        print(f"rerun: val_bpb {run.scores[run.final].val_bpb:.8f} with {env_file}")
+        print(f"rerun: val_bpb {run.scores[run.final].val_bpb:.8f} on {env['DATA_PATH']}")
     return errors
 
 

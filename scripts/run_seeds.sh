@@ -54,7 +54,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 for seed in $seeds; do
-    [[ $seed =~ ^[0-9]+$ ]] || fail "--seeds: '$seed' is no seed: write whole numbers"
+    [[ $seed =~ ^(0|[1-9][0-9]{0,17})$ ]] || fail "--seeds: '$seed' is no seed: write whole numbers"
 done
 [ -n "${seeds// /}" ] || fail "--seeds is empty: write at least one seed"
 [[ -z $given || -z ${minify_flags[*]-} ]] || fail "give one of --script and --self-extracting"
@@ -130,7 +130,8 @@ for seed in $seeds; do
         --standalone --nproc_per_node="$nproc" "$script" "$@" &
     child=$! # in the background, so that a signal to this script reaches it at once
     wait "$child" || {
-        echo "error: seed $seed: the run failed; the same command runs it again" >&2
+        echo "error: seed $seed: the run failed; once what it says above is mended, the same" \
+            "command goes on with this seed" >&2
         exit 1
     }
     child=""

@@ -253,6 +253,28 @@ def resumed(checkpoint: int | None) -> str:
     return f"{header}{KILLED}step:26/40 cut with\n{again}"
 
 
+def test_a_log_without_its_beginning_is_not_taken_for_an_older_one():
+    text = complete_log(1)
+    run = build(text[text.index("progressive_passes") :])
+    assert not run.older_format
+    assert "the run line" in run.missing
+
+
+def test_what_is_no_log_is_refused_and_unlike_runs_are_told(tmp_path, capsys):
+    prose = write_log(tmp_path, "some text\nof no run\n", "prose.txt")
+    assert inspect_logs.main([prose]) == 2
+    assert "no line of a run's log" in capsys.readouterr().err
+    logs = [write_log(tmp_path, complete_log(1)), write_log(tmp_path, complete_log(2), "2.log")]
+    assert inspect_logs.main(logs) == 0
+    assert " differ in " not in capsys.readouterr().out
+    fewer = complete_log(2, muon_wd=0.1).replace("step:30 num_passes:3", "step:30 num_passes:2")
+    logs[1] = write_log(tmp_path, fewer, "2.log")
+    assert inspect_logs.main(logs) == 0
+    printed = capsys.readouterr().out
+    assert "2.log differ in muon_wd (" in printed
+    assert "the passes that they reached ([1, 2, 3], [1, 2, 2])" in printed
+
+
 @pytest.mark.parametrize("checkpoint", [20, 10, None])
 def test_what_a_resumed_run_did_again_counts_once(checkpoint):
     """From checkpoints after steps 20 and 10, and from the start, there being none."""

@@ -187,7 +187,10 @@ def test_mistakes_get_a_sentence_and_leave_files_alone(tmp_path, capsys):
         minify.main([str(source), "-o", str(tmp_path)])
     assert source.read_text() == "x = 1\n"
     options = ["-o", str(tmp_path / "out.py"), "--verify", "--data", str(tmp_path / "none")]
-    assert minify.main([str(source), *options]) == 2
+    (tmp_path / "out.py").write_text("an older one")
+    with pytest.raises(SystemExit):
+        minify.main([str(source), *options])
+    assert (tmp_path / "out.py").read_text() == "an older one"
     message = capsys.readouterr().err
     assert "never closed" in message
     assert "name another --output" in message

@@ -165,6 +165,21 @@ def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path, capsys):
     assert not contents(records)
 
 
+def test_a_record_that_is_replaced_keeps_its_notes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
+    notes = tmp_path / "notes.md"
+    for options, text in (
+        (["--notes", str(notes)], "- what failed"),
+        (["--replace"], "- what failed"),
+        (["--replace", "--notes", str(notes)], "- later"),
+    ):
+        notes.write_text(text)
+        assert record.main(["package", str(source), "--name", "A name", *WORDS, *options]) == 0
+        [readme] = record.RECORDS.glob("*/*/README.md")
+        assert readme.read_text().endswith(f"\n{text}\n")
+        notes.write_text("- not asked for")
+
+
 def test_the_demo_is_never_taken_for_the_contest(source, tmp_path, capsys):
     edit("*.log", "NVIDIA%20H100%2080GB%20HBM3 world_size:8", "x86_64%20x2 world_size:1")(source)
     edit("*.log", "peak_memory_mib:21000", "peak_memory_mib:0")(source)
@@ -244,6 +259,7 @@ REFUSALS = {
     "other settings": (edit(SEED2, "data/t.model", "data/u.model"), "differ in tokenizer_path"),
     "other hardware": (edit(SEED2, "world_size:8", "world_size:4"), "differ in device"),
     "other versions": (edit(SEED2, "numpy:2.3.5", "numpy:2.3.4"), "differ in versions"),
+    "other passes": (edit(SEED2, "num_passes:3", "num_passes:2"), "reached [1, 2, 3]"),
     "other data": (edit(SEED2, "fingerprint:ff00", "fingerprint:ff01"), "differ in val data"),
     "more data": (put(SEED2, resumed(20).replace("t:00ff", "t:0b", 1)), "resumed with another"),
     "over the limit": (
@@ -286,6 +302,9 @@ CONTRADICTIONS = {
     "signal": ("stop step:40 ", "stop step:40 interrupted:1 ", "a signal ended its training early"),
     "steps after the clock": ("seconds value:600.0", "seconds value:0.3", "its wall clock of 0.3"),
     "no clock": ("seconds value:600.0", "seconds value:x", "neither a number nor None"),
+    "parts of the evaluation": ("evaluation seconds:300.5", "evaluation seconds:28.4", "took 28.5"),
+    "no number": ("train_loss:", "train_loss:nan", "which is no measurement"),
+    "before it began": ("training seconds:0.7", "training seconds:-0.7", "seconds:-0.7, which is"),
     "sum": (" total_bytes:159", " total_bytes:158", "code and model are not the 158"),
     "code": (f" bytes:{len(SCRIPT_TEXT)} sha", " bytes:7 sha", "it counts other bytes of code"),
     "two models": (
@@ -379,14 +398,14 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     output = tmp_path / "seeds"
     (output / "running").mkdir(parents=True)
     shutil.copy(ROOT / "train_gpt.py", output)
-    (output / "train_seed5.log").write_text("a finished log")
+    (output / "train_seed5.log").write_text("run run_id:five\n")
     (output / "running" / "train_seed1337.txt").write_text("half a log")
     options = ["--script", str(ROOT / "train_gpt.py"), "--seeds", "5 1337"]
     process = run_seeds(env_file, output, *options)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     assert "finished before" in printed
-    assert (output / "train_seed5.log").read_text() == "a finished log"
+    assert (output / "train_seed5.log").read_text() == "run run_id:five\n"
     assert [p.read_text() for p in (output / "interrupted").iterdir()] == ["half a log"]
     (output / "train_seed5.log").unlink()
     [run] = record.read_logs(output)
@@ -397,7 +416,7 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     found = json.loads((folder / "submission.json").read_text())
     assert not found["leaderboard_comparable"]
     assert record.main(["check", str(folder), "--rerun", "--env", str(env_file)]) == 0
-    assert f"rerun: val_bpb {found['val_bpb']:.8f} with" in capsys.readouterr().out
+    assert f"rerun: val_bpb {found['val_bpb']:.8f} on" in capsys.readouterr().out
     edit("train_seed1337.log", "seed1337", "seed1")(output)
     (output / "train_seed1337.log").rename(output / "gone")
     printed, _ = run_seeds(env_file, output, *options).communicate()
@@ -407,6 +426,7 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
 def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
     for options, text in (
         (["--seeds", "1 x"], "'x' is no seed"),
+        (["--seeds", "7 007"], "'007' is no seed"),
         (["--seeds", " "], "--seeds is empty"),
         (["--nproc", "0"], "no number of processes"),
         (["--what"], "unknown option --what"),
