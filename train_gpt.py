@@ -197,7 +197,7 @@ class Hyperparameters:
         start, end, ve = self.core_start, self.core_end, self.ve_layer_ids
         differ = len(set(ve)) == len(ve) and all(0 <= i < L for i in ve)
         endless = self.iterations is None and self.max_wallclock_seconds is None
-        growth = "starts rise from 0 and are below 1, passes are 1..64"
+        rule = "starts rise from 0 and are below 1, passes are 1..64"
         require_all(
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
             (Path(self.run_id or "x").name == (self.run_id or "x"), "run_id: no folders, a name"),
@@ -214,7 +214,7 @@ class Hyperparameters:
             (self.eval_stride <= T, f"eval_stride: would skip tokens, use at most {T}"),
             (differ, f"ve_layers={self.ve_layers}: use different layers of 0..{L - 1}, or none"),
             (max(self.beta1, self.beta2) < 1, "beta1, beta2: must be below 1"),
-            (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {growth}"),
+            (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {rule}"),
             ((self.eval_passes or 1) <= 64, "eval_passes: at most 64"),
             (self.eval_passes in (None, 1) or most > 1, "eval_passes: this model has no repeats"),
         )
@@ -238,8 +238,8 @@ class Hyperparameters:
         return tuple(int(w) if w.strip().isdecimal() else -1 for w in words)
 
     @cached_property
-    def growth(self) -> tuple[tuple[float, int], ...]:
-        """(start, passes), ... of the schedule; () if it is wrong."""
+    def schedule(self) -> tuple[tuple[float, int], ...]:
+        """(start, passes), ... of the recurrence; () if passes_schedule is wrong."""
         if self.num_passes:
             return ((0.0, self.num_passes),)
         with suppress(ValueError):
@@ -251,7 +251,7 @@ class Hyperparameters:
 
     @property
     def max_passes(self) -> int:
-        return max((passes for _, passes in self.growth), default=0)
+        return max((passes for _, passes in self.schedule), default=0)
 
     def architecture(self) -> dict[str, Any]:
         """The groups `model` and `recurrence`: without them an artifact means nothing."""
@@ -680,10 +680,8 @@ def any_size(x: Tensor) -> Tensor:
 
 
 class Layer(NamedTuple):
-    """The weights of one unique layer in the compute dtype, all scales folded into the matrices.
-
-    What multiplies a matrix costs nothing; what multiplies its (B, T, D) output costs three
-    passes over it: folding took 2% off a step on an H100."""
+    """The weights of one unique layer in the compute dtype, all scales folded into the matrices:
+    a scale of the (B, T, D) output would cost passes over memory, 2% of a step on an H100."""
 
     qkv: Tensor  # (D + 2 G*E, D), times 1/sqrt(i+1)
     out: Tensor  # (D, D), times attn_scale
@@ -1241,7 +1239,9 @@ class WeightAverage:
 
     def result(self) -> Tensor:
         """The weights to export; where both are on, SWA averaged EMA's."""
-        return self.swa if self.samples else self.weights if self.ema is None else self.ema
+        if self.samples:
+            return self.swa
+        return self.weights if self.ema is None else self.ema
 
 
 # --- 8. Training: the plan of a step, warm-up, then the clock and the loop, checkpoints -----------
@@ -1259,7 +1259,7 @@ class StepPlan(NamedTuple):
 
 def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     """progress: from 0 to 1, the larger of step / iterations and elapsed / wall-clock cap."""
-    passes = [n for start, n in hp.growth if start <= progress][-1]
+    passes = [n for start, n in hp.schedule if start <= progress][-1]
     lr_scale = min(1.0, max(0.0, 1 - progress) / hp.warmdown_frac)
     warm = min(1.0, progress / hp.muon_momentum_warmup_frac)
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
@@ -1275,7 +1275,7 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-class Fitting:
+class BatchLimit:
     """How many sequences are computed at once: halved where the GPU's memory does not hold them."""
 
     def __init__(self, sequences: int, log: Log) -> None:
@@ -1355,7 +1355,7 @@ class Trainer:
     ) -> None:
         self.hp, self.model, self.data, self.runtime = model.hp, model, data, runtime
         self.log, self.stop = log, stop
-        self.fitting = Fitting(self.hp.micro_batch_tokens // self.hp.train_seq_len, log)
+        self.limit = BatchLimit(self.hp.micro_batch_tokens // self.hp.train_seq_len, log)
         self.flat = FlatParameters(model, runtime.world_size)
         self.optimizer = Optimizer(self.flat, self.hp, runtime)
         self.average = WeightAverage(self.hp, self.flat.data)
@@ -1368,7 +1368,7 @@ class Trainer:
     def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
         """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
         nats, text bytes, proxy, then growth, update and feedback of each pass, times B."""
-        return self.fitting.run(partial(self.accumulate_parts, batch, passes, floor))
+        return self.limit.run(partial(self.accumulate_parts, batch, passes, floor))
 
     def accumulate_parts(
         self, batch: Tensor, passes: int, floor: Tensor | None, at_once: int
@@ -1396,7 +1396,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(hp.seed)
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
         optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
-        passes = sorted({n for _, n in hp.growth})
+        passes = sorted({n for _, n in hp.schedule})
         floors = (None, floor) if hp.late_qat_threshold > 0 else (None,)
         graphs = [(n, floor) for n in passes for floor in floors]
         steps = max(hp.warmup_steps, len(graphs)) if hp.warmup_steps else 0
@@ -1439,9 +1439,7 @@ class Trainer:
             log.progress(f"step {self.step}, {score}, {clock.forecast(self.plan.num_passes)}")
         self.check_norm()
         self.runtime.barrier()
-        self.elapsed, memory = clock.elapsed(), 0
-        if self.runtime.on_gpu:
-            memory = torch.cuda.max_memory_allocated() >> 20
+        self.elapsed, memory = clock.elapsed(), torch.cuda.max_memory_allocated() >> 20
         facts = {"graphs_compiled_after_start": graphs_compiled() - graphs}
         facts |= {"peak_memory_mib": memory, "interrupted": int(clock.interrupted)}
         log.event("stop", step=self.step, **clock.fields(self.step), **facts)
@@ -1525,7 +1523,8 @@ def run_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     hp, average = trainer.hp, trainer.average
     names = ("seed", "train_batch_tokens", "shuffle", "weight_average")
     fixed = hp.architecture() | {name: getattr(hp, name) for name in names}
-    fixed |= {"eval_passes": None, "data": trainer.data.facts[0]["fingerprint"]}
+    fixed |= {"data": trainer.data.facts[0]["fingerprint"]}
+    del fixed["eval_passes"]  # training does not depend on it
     tensors = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum}
     tensors |= {"ema": average.ema, "swa": average.swa}
     return fixed, {name: t for name, t in tensors.items() if t is not None}
@@ -1552,7 +1551,7 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(path, hashlib.sha256(data).digest() + data)
-        # The one before it stays. Later ones go first: a resumed run has found them damaged.
+        # It and the one before it stay; those of later steps go, as a resumed run left them behind.
         found = sorted(folder.glob("step_*.pt"), key=lambda other: (other <= path, other))
         for old in (*found[:-2], *folder.glob("step_*.tmp")):
             old.unlink()
@@ -1802,8 +1801,8 @@ class Evaluator:
 
     def __init__(self, hp: Hyperparameters, data: Data, runtime: Runtime, log: Log) -> None:
         self.hp, self.runtime, self.log = hp, runtime, log
-        self.scoring = Fitting(hp.eval_batch_seqs, log)
-        self.training = Fitting(hp.micro_batch_tokens // hp.train_seq_len, log)
+        self.scoring = BatchLimit(hp.eval_batch_seqs, log)
+        self.training = BatchLimit(hp.micro_batch_tokens // hp.train_seq_len, log)
         self.tokens = torch.from_numpy(data.val_tokens.astype(np.int32)).to(runtime.device)
         self.num_targets = len(self.tokens) - 1
         self.bytes = data.token_bytes.of(self.tokens[:-1], self.tokens[1:])
@@ -1970,7 +1969,7 @@ if triton is not None:
 
     @library.custom_op("train_gpt::fused_product", mutates_args=())
     def fused_product(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
-        """leaky(u)^2 of u = a b', u's sign in its last bit; given that as s, a b' times the slope.
+        """s = leaky(u)^2 of u = a b', u's sign in its last bit; given s of a u, a b' times ds/du.
 
         a (M, K), b (N, K), s and the result (M, N): bfloat16; K in multiples of 64, N of 128."""
         out = a.new_empty(a.size(0), b.size(0))

@@ -144,9 +144,9 @@ def lap_seconds(work: Callable[[], Any], count: int, device: torch.device) -> li
 
 def step_kinds(hp: Hyperparameters) -> list[tuple[int, bool]]:
     """Passes and QAT: each number of passes without it, then the last one with it."""
-    kinds = [(passes, False) for passes in sorted({passes for _, passes in hp.growth})]
+    kinds = [(passes, False) for passes in sorted({passes for _, passes in hp.schedule})]
     if hp.late_qat_threshold > 0:
-        kinds.append((hp.growth[-1][1], True))
+        kinds.append((hp.schedule[-1][1], True))
     return kinds
 
 
@@ -198,7 +198,7 @@ def profile_step(trainer: Trainer) -> list[dict[str, Any]]:
 def measure_evaluation(trainer: Trainer, evaluator: Evaluator) -> dict[str, float]:
     """Seconds a chunk of sliding windows, and of the SGD that test-time training adds to them."""
     hp, device = evaluator.hp, trainer.runtime.device
-    model, passes = trainer.model, hp.eval_passes or hp.growth[-1][1]
+    model, passes = trainer.model, hp.eval_passes or hp.schedule[-1][1]
     # The first call of each is not timed.
     score = partial(evaluator.run, "sliding", model, hp.eval_stride, passes)
     adapt = partial(evaluator.run_ttt, model, trainer.flat, passes, math.inf)

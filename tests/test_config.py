@@ -55,7 +55,7 @@ def test_the_recurrence_as_published_is_one_flag_away():
         passes_schedule="0.0:1,0.626:2,0.813:3", residual_scale_init=0.5,
         feedback_mode="diagonal", feedback_rank=2, jacobian_proxy_weight=0.01,
     )  # fmt: skip
-    assert published.growth == ((0.0, 1), (0.626, 2), (0.813, 3))
+    assert published.schedule == ((0.0, 1), (0.626, 2), (0.813, 3))
     assert [name for name, source in sources.items() if source == "file"]
     assert set(parameter_table(replace(published, vocab_size=1024))) >= {
         "residual_scale", "feedback_U", "feedback_V", "feedback_d",
@@ -154,9 +154,9 @@ def test_growth_is_a_list_of_fractions():
         ("0.0:1,0.626:2,0.813:3", ((0.0, 1), (0.626, 2), (0.813, 3))),
         ("0:2", ((0, 2),)),
     ):
-        assert read_configuration({"PASSES_SCHEDULE": text}, [])[0].growth == growth
+        assert read_configuration({"PASSES_SCHEDULE": text}, [])[0].schedule == growth
     hp = Hyperparameters(num_passes=2)
-    assert (hp.growth, hp.max_passes) == (((0, 2),), 2)
+    assert (hp.schedule, hp.max_passes) == (((0, 2),), 2)
 
 
 def test_help_names_every_setting_with_its_variable_and_default(monkeypatch, capsys):
