@@ -479,15 +479,16 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Spread]:
-    """The spread of each number that every run has."""
-    found = [figures(run) for run in runs]
+    """The spread of each number that every run has; none of runs that are not alike."""
+    found = [figures(run) for run in runs] if not list(unlike(runs)) else [{}]
     shared = [key for key in found[0] if all(key in values for values in found)]
     return {key: spread([values[key] for values in found]) for key in shared}
 
 
 def table_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The seeds, then a row for each number; of several runs, mean and deviation last."""
-    found, spreads, several = [figures(run) for run in runs], summarize(runs), len(runs) > 1
+    """The seeds, then a row for each number; of several runs that are alike mean and deviation."""
+    found, spreads = [figures(run) for run in runs], summarize(runs)
+    several = len(runs) > 1 and bool(spreads)
     rows = [["seed", *(run.label for run in runs), *["mean", "std"] * several]]
     for key in dict.fromkeys(k for values in sorted(found, key=len)[::-1] for k in values):
         mean, std, _ = spreads.get(key, (None, None, 0))
@@ -660,7 +661,7 @@ def gaps(runs: Sequence[Run]) -> list[str]:
 
 
 def unlike(runs: Sequence[Run]) -> Iterator[str]:
-    """In what the runs are not seeds of one configuration, so that their mean says little."""
+    """In what the runs are not seeds of one configuration: they have no mean."""
     first = runs[0]
     for run in runs[1:]:
         found = differences(first.events, run.events)

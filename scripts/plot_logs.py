@@ -64,11 +64,14 @@ def draw_curve(axis: Any, points: Curve, **style: Any) -> None:
 
 
 def smooth(points: Curve, reach: int = 3) -> Curve:
-    """Means of each point with the `reach` before and after it; of few points, these themselves."""
-    if len(points) < 4 * reach:
-        return points
-    windows = [points[i - reach : i + reach + 1] for i in range(reach, len(points) - reach)]
-    return [(window[reach][0], sum(y for _, y in window) / len(window)) for window in windows]
+    """Means of each point with the `reach` before and after it, with down to half as many near an
+    end."""
+    curve, reach = [], min(reach, len(points) // 4)
+    for i in range(reach // 2, len(points) - reach // 2):
+        near = min(reach, i, len(points) - 1 - i)
+        window = [y for _, y in points[i - near : i + near + 1]]
+        curve.append((points[i][0], sum(window) / len(window)))
+    return curve
 
 
 def series(run: Run, key: str) -> Curve:
@@ -190,7 +193,7 @@ def draw_step_time(plt: Any, runs: Sequence[Run]) -> Any:
     over_run.set_ylim(0, 1.3 * over_run.get_ylim()[1])  # room for the labels of the marks
     draw_marks(over_run, runs)
     bars.set_xticks(range(len(passes)), [f"{p} pass{'es'[: 2 * (p > 1)]}" for p in passes])
-    bars.set(ylabel="ms per step, mean")
+    bars.set(ylabel="ms per step, mean", xlim=(-0.5, len(passes) - 0.5))
     bars.grid(axis="x", visible=False)
     add_legend(plt, figure, runs)
     return figure
@@ -268,7 +271,7 @@ def draw_comparison(plt: Any, runs: Sequence[Run]) -> Any:
         # The seeds' points in one line by time, so that its running mean is over seeds, too.
         found = [validations(run) if validated else series(run, "train_bpb") for run in mine]
         points = sorted(p for run, c in zip(mine, found, strict=True) for p in by_time(run, c))
-        curve = smooth(points, reach=len(mine) if validated else 6 * len(mine))
+        curve = smooth(points, reach=len(mine) if validated else max(3, len(points) // 30))
         means += curve[len(curve) // 3 :]
         draw_curve(loss, curve, color=colour(i))
         for run in mine:

@@ -266,11 +266,14 @@ def test_what_is_no_log_is_refused_and_unlike_runs_are_told(tmp_path, capsys):
     assert "no line of a run's log" in capsys.readouterr().err
     logs = [write_log(tmp_path, complete_log(1)), write_log(tmp_path, complete_log(2), "2.log")]
     assert inspect_logs.main(logs) == 0
-    assert " differ in " not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert " differ in " not in printed
+    assert " mean " in printed
     fewer = complete_log(2, muon_wd=0.1).replace("step:30 num_passes:3", "step:30 num_passes:2")
     logs[1] = write_log(tmp_path, fewer, "2.log")
     assert inspect_logs.main(logs) == 0
     printed = capsys.readouterr().out
+    assert " mean " not in printed
     assert "2.log differ in muon_wd (" in printed
     assert "the passes that they reached ([1, 2, 3], [1, 2, 2])" in printed
 
