@@ -313,7 +313,7 @@ def read_configuration(
 ) -> tuple[Hyperparameters, dict[str, str]]:
     """Settings, and the source of each. Raises UserError with every mistake at once."""
     parsed, unknown = build_parser().parse_known_args(argv)
-    flags, file = vars(parsed), parsed.env
+    flags, file = parsed.__dict__, parsed.env
     del flags["env"]
     kinds, rules, errors = get_type_hints(Hyperparameters), Hyperparameters.__annotations__, []
     flags_only = [word for word in unknown if word.startswith("-")]
