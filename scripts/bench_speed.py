@@ -52,6 +52,7 @@ from train_gpt import Evaluator, Hyperparameters, Runtime, Trainer, graphs_compi
 # isort: split
 import numpy as np
 import torch
+from inspect_logs import markdown_table, plain_table, run_command
 from torch._inductor.utils import fresh_inductor_cache
 from torch.profiler import ProfilerActivity, profile
 
@@ -262,28 +263,6 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]
 # Reporting
 
 
-def format_table(rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Rows of equal length, the head first; columns are aligned in both forms."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines.insert(1, f"| {' | '.join(rules)} |")
-    return "\n".join(lines)
-
-
-def print_to_reader(text: str) -> None:
-    """Prints; a reader that has gone, such as `head`, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def step_rows(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A column for each kind of step."""
     labels = {
@@ -332,7 +311,8 @@ def report_text(report: Mapping[str, Any], form: str, kernels: int) -> str:
     if "kernels" in report:
         tables.append(kernel_rows(report["kernels"], kernels))
     setup = "\n".join(f"- {name}: {value}" for name, value in report["setup"].items())
-    parts = [format_table(rows, form == "markdown") for rows in tables if len(rows) > 1]
+    make = markdown_table if form == "markdown" else plain_table
+    parts = [make(rows) for rows in tables if len(rows) > 1]
     return "\n\n".join([setup, *parts])
 
 
@@ -360,11 +340,9 @@ def main(argv: Sequence[str]) -> int:
         remedy = ": lower MICRO_BATCH_TOKENS" if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"error: {error}{remedy}", file=sys.stderr)
         return 2
-    print_to_reader(report_text(report, args.format, args.kernels))
+    print(report_text(report, args.format, args.kernels))
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    train_gpt.Interrupts().install()
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -31,14 +31,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bench_speed import format_table, print_to_reader  # it also makes train_gpt importable
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt  # the first of these: it says what to install
+from train_gpt import Evaluator, Hyperparameters, Trainer, UserError, require
 
 # isort: split
 import torch
+from inspect_logs import markdown_table, plain_table, run_command
 from torch import Tensor
-
-import train_gpt
-from train_gpt import Evaluator, Hyperparameters, Trainer, UserError, require
 
 # What the trunk has used up, or what the trunk's weights depend on.
 SHARED = (
@@ -200,7 +200,7 @@ def table(rows: Sequence[Row], markdown: bool) -> str:
         for bpb, first in ((row.val_bpb, rows[0].val_bpb), (row.int6_bpb, rows[0].int6_bpb)):
             line += [f"{bpb:.5f}", f"{bpb - first:+.5f}"]
         cells.append(line)
-    return format_table(cells, markdown)
+    return (markdown_table if markdown else plain_table)(cells)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -231,11 +231,9 @@ def main(argv: Sequence[str]) -> int:
     finally:  # a signal comes as SystemExit
         if rows:
             train_gpt.write_aside(args.output / "table.md", table(rows, markdown=True).encode())
-            print_to_reader(table(rows, args.format == "markdown"))
+            print(table(rows, args.format == "markdown"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    train_gpt.Interrupts().install()
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

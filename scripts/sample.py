@@ -29,7 +29,7 @@ from train_gpt import GPT, Hyperparameters, UserError, require
 
 # isort: split
 import torch
-from inspect_logs import LogError, read_run
+from inspect_logs import LogError, read_run, run_command
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
@@ -203,12 +203,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # its reader has enough
-        sys.stderr.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    train_gpt.Interrupts().install()
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)
