@@ -1080,6 +1080,9 @@ class GPT(nn.Module):
 
 BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's, the largest first
 ADAM_GROUPS = ("table", "projection", "scalar")
+# torch 2.13 gave them these names.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class FlatParameters:
@@ -1122,7 +1125,7 @@ class FlatParameters:
     def gather(self, flat: Tensor, bank: str, runtime: Runtime) -> Any:
         """Starts to fill a bank of `flat` with every rank's rows of it."""
         rows = self.shard(flat, bank, runtime).view(-1)
-        return dist.all_gather_into_tensor(flat[self.spans[bank]], rows, async_op=True)
+        return all_gather(flat[self.spans[bank]], rows, async_op=True)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Every parameter's tensor that lies inside `flat`, in the model's order."""
@@ -1183,7 +1186,7 @@ class Optimizer:
             for bank in BANKS:
                 shard = torch.empty_like(flat.shard(self.momentum, bank, runtime))
                 self.bank_grads[bank], source = shard, flat.grad[flat.spans[bank]]
-                works.append(dist.reduce_scatter_tensor(shard.view(-1), source, async_op=True))
+                works.append(reduce_scatter(shard.view(-1), source, async_op=True))
             for work in works:
                 work.wait()
         squares = torch.stack([g.square().sum() for g in self.bank_grads.values()]).sum()
@@ -1495,8 +1498,7 @@ class Trainer:
         self.log.event(**facts, grad_norm=norm.item(), **clock.fields(step))
         facts = {"step": step, "jacobian_proxy": proxy / hp.batch_seqs}
         facts |= zip(("growth", "update", "feedback_norm"), ratios, strict=True)
-        facts["residual_scale"] = self.model.residual_scale.tolist()
-        self.log.event("passes", **facts)
+        self.log.event("passes", **facts, residual_scale=self.model.residual_scale.tolist())
         return f"loss {loss:.3f}, {bpb:.3f} bits per byte"
 
     def average_weights(self) -> int:
@@ -1722,9 +1724,7 @@ def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: 
     """Writes an artifact that fits beside the code, near the finest; returns where it lies.
 
     Its size is estimated, and the estimate corrected by each try. Raises UserError if none fits."""
-    limit = model_limit(hp)
-    code = hp.artifact_limit_bytes - limit
-    attempt = cache(partial(compress, hp.architecture(), tensors))
+    limit, attempt = model_limit(hp), cache(partial(compress, hp.architecture(), tensors))
 
     def corrected(index: int) -> int:
         share = entropy_bytes(tensors, floor_value(index)) / len(attempt(index))
@@ -1734,9 +1734,10 @@ def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: 
     while len(attempt(index)) > limit and index > 0:
         log.event("export_probe", floor_index=index, artifact_bytes=len(attempt(index)))
         index = min(index - 1, corrected(index))
-    model, fits = len(attempt(index)), len(attempt(index)) <= limit
-    path = path if fits else path.with_suffix(".oversize.xz")
-    path = write_or_rescue(path, attempt(index), log)
+    model = len(attempt(index))
+    fits, code = model <= limit, hp.artifact_limit_bytes - limit
+    target = path if fits else path.with_suffix(".oversize.xz")
+    path = write_or_rescue(target, attempt(index), log)
     sizes = {"code_bytes": code, "model_bytes": model, "total_bytes": code + model}
     knob = {"floor_index": index, "floor": floor_value(index)}
     log.event("artifact", path=path, **sizes, margin_bytes=limit - model, **knob)
