@@ -1721,25 +1721,25 @@ def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: float) -> i
 
 
 def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
-    """Writes an artifact that fits beside the code, near the finest; returns where it lies.
+    """Writes an artifact that fits beside the code, close to the finest; returns where it lies.
 
     Its size is estimated, and the estimate corrected by each try. Raises UserError if none fits."""
     limit, attempt = model_limit(hp), cache(partial(compress, hp.architecture(), tensors))
-
-    def corrected(index: int) -> int:
-        share = entropy_bytes(tensors, floor_value(index)) / len(attempt(index))
-        return estimate_floor_index(tensors, limit * share)
-
-    index = corrected(estimate_floor_index(tensors, limit))
-    while len(attempt(index)) > limit and index > 0:
-        log.event("export_probe", floor_index=index, artifact_bytes=len(attempt(index)))
-        index = min(index - 1, corrected(index))
-    model = len(attempt(index))
+    finest, too_large, index = 0, FINEST_FLOOR_INDEX + 1, estimate_floor_index(tensors, limit)
+    for trial in range(12):  # two or three at the recipe's size
+        size, expected = len(attempt(index)), entropy_bytes(tensors, floor_value(index))
+        log.event("export_probe", floor_index=index, artifact_bytes=size)
+        finest, too_large = (index, too_large) if size <= limit else (finest, index)
+        if 0.9995 * limit <= size <= limit or too_large - finest == 1:
+            break
+        index = estimate_floor_index(tensors, limit * expected / size)
+        index = max(min(index, too_large - 2**trial), finest + 1)
+    model = len(attempt(finest))
     fits, code = model <= limit, hp.artifact_limit_bytes - limit
     target = path if fits else path.with_suffix(".oversize.xz")
-    path = write_or_rescue(target, attempt(index), log)
+    path = write_or_rescue(target, attempt(finest), log)
     sizes = {"code_bytes": code, "model_bytes": model, "total_bytes": code + model}
-    knob = {"floor_index": index, "floor": floor_value(index)}
+    knob = {"floor_index": finest, "floor": floor_value(finest)}
     log.event("artifact", path=path, **sizes, margin_bytes=limit - model, **knob)
     text = f"artifact_limit_bytes={hp.artifact_limit_bytes}: code and model need {code + model}"
     require(fits, f"{text} at the coarsest setting, kept as {path}: make the model smaller")
