@@ -118,8 +118,8 @@ class Hyperparameters:
     compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile; auto: on a GPU only")
 
     data_path: str = opt("data/datasets/fineweb10B_sp1024", "folder of the shards", group="data")
-    tokenizer_path: str | None = opt(None, "none: data_path's tokenizer.model, or the field's")
-    train_batch_tokens: int = opt(786_432, "tokens of a step; default: 98,304 a process", 1)
+    tokenizer_path: str | None = opt(None, "none: data_path's tokenizer.model, or FineWeb's")
+    train_batch_tokens: int = opt(786_432, "tokens of a step; not set: 98,304 a process", 1)
     micro_batch_tokens: int = opt(98_304, "most tokens that a rank takes at once", 1)
     shuffle: bool = opt(True, "read the windows of all shards in a seeded random order")
 
@@ -345,7 +345,7 @@ def read_configuration(
 
 # --- 2. Process and log: what it computes on, what it writes, what stops it -----------------------
 
-# A rank waits this long for one that hangs: longer than rank 0's export takes.
+# A rank waits this long for another: rank 0's export takes seconds, one that hangs never ends.
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
 
 
@@ -396,7 +396,7 @@ class Runtime(NamedTuple):
         self.sum_(torch.zeros(1, device=self.device)).item()
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's value (anything small), on every rank."""
+        """Rank 0's value, on every rank."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -464,8 +464,8 @@ class Log:
 
 
 class Interrupts:
-    """SIGTERM, SIGINT and SIGHUP end the program, unless `advice` says what it will finish first:
-    then the first signal is only noted, and answered with the advice."""
+    """SIGTERM, SIGINT and SIGHUP end the program at once, with `farewell`. While `advice` says what
+    the program finishes first, the first of them is only noted, and answered with the advice."""
 
     def __init__(self) -> None:
         self.noted, self.advice, self.farewell = 0, "", ""
@@ -486,7 +486,7 @@ class Interrupts:
 
 # --- 3. Data: shards on disk -> the same global batches for every world size ----------------------
 
-# The field's shard format: 256 little-endian int32 header words, then uint16 tokens.
+# The shards of modded-nanogpt: 256 little-endian int32 header words, then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_WORDS = 20240520, 1, 256
 DATA_REMEDY = "run data/download_fineweb.py or data/prepare_text.py, or set DATA_PATH"
 
@@ -520,7 +520,7 @@ def data_fingerprint(paths: Sequence[Path]) -> str:
 
 
 def find_tokenizer(hp: Hyperparameters) -> Path:
-    """The tokenizer that is named, or that lies in the data's folder, or the field's."""
+    """The tokenizer that is named, or that lies in the data's folder, or the downloaded one."""
     beside = Path(hp.data_path) / "tokenizer.model"
     default = beside if beside.exists() else "data/tokenizers/fineweb_1024_bpe.model"
     return Path(hp.tokenizer_path or default)
@@ -579,11 +579,11 @@ class TokenBytes:
 
 
 class BatchLoader:
-    """Windows of T+1 tokens in a global order that depends on the seed and nothing else.
+    """Windows of T+1 tokens in an order that depends on the shards, T and the seed alone.
 
     The order of an epoch is a permutation of the windows of all shards, which each epoch cuts at
-    another phase. A step takes the next `batch_seqs` windows and a rank its share of them, so
-    every world size trains on the same batches, and no window repeats before all were used."""
+    another phase. A step takes the next `batch_seqs` windows and a rank its share of them, so any
+    number of ranks trains on the same batches, and no window repeats before all were used."""
 
     def __init__(self, shards: Sequence[np.ndarray], hp: Hyperparameters, runtime: Runtime) -> None:
         self.shards, self.hp, self.runtime = shards, hp, runtime
@@ -804,7 +804,7 @@ compiled_block = compiled(block)
 
 @compiled
 def stack(x: Tensor, rows: list, x0: Tensor, rope: Rope, keep: int) -> list[Tensor]:
-    """The last `keep` outputs of layers in turn; one more would cost a gradient of zeros."""
+    """The last `keep` outputs of layers in turn; one that nothing reads would cost a gradient."""
     outputs = []
     for row in rows:
         x = block(x, *row, x0, rope)
@@ -813,7 +813,7 @@ def stack(x: Tensor, rows: list, x0: Tensor, rope: Rope, keep: int) -> list[Tens
 
 
 def run_layers(x: Tensor, rows: list, x0: Tensor, rope: Rope, keep: int = 1) -> list[Tensor]:
-    """x, then the outputs of layers in turn, with gradients only the last `keep` of them.
+    """x, then the outputs of layers in turn: in training the last `keep` of them, else all.
 
     rows: (layer, value, skip) of each layer."""
     if torch.is_grad_enabled():
@@ -898,11 +898,7 @@ def measure(h: Tensor, h_next: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def recurrence(
-    h: Tensor,
-    core: Callable[[Tensor], Tensor],
-    num_passes: int,
-    scales: Tensor,
-    feedback: tuple[Tensor, ...],
+    h: Tensor, core: Callable, num_passes: int, scales: Tensor, feedback: tuple[Tensor, ...]
 ) -> tuple[Tensor, Stability]:
     """h_{k+1} = h_k + a_k F(h_k + c_k),  F(z) = core(z) - z,  c_k = d * (U V'h_k)  (PR 1230).
 
@@ -944,7 +940,7 @@ def orthogonal(bank: Tensor) -> None:
 def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
     """Every parameter of a GPT: what is allocated, started, optimized and stored.
 
-    Orthogonal inputs and zero outputs: every block starts as the identity."""
+    Orthogonal inputs and zero outputs: attention and MLP add nothing at the start."""
     L, D, width, V, rank = hp.num_layers, hp.model_dim, hp.mlp_dim, hp.vocab_size, hp.bigram_dim
     kv_dim, later = hp.num_kv_heads * hp.head_dim, hp.max_passes - 1
     skips, ve_layers = min(hp.core_start, L - hp.core_end), len(hp.ve_layer_ids)
@@ -965,7 +961,7 @@ def parameter_table(hp: Hyperparameters) -> dict[str, Parameter]:
         "skip_weight": Parameter((skips, D), "scalar", one),
     }
     # Of factors that start at zero there is exactly one in each product: what it adds is 0 at the
-    # start, and its gradient is not. (With two, all gradients would be zero for ever.)
+    # start, and yet it learns. (With two, all gradients would be zero for ever.)
     if hp.bigram_vocab_size:
         table["bigram_table"] = Parameter((hp.bigram_vocab_size, rank), "table", zero)
         table["bigram_proj"] = Parameter((D, rank), "projection", normal(std=rank**-0.5))
@@ -998,7 +994,7 @@ class GPT(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def parameters_of(self, part: str) -> tuple[Tensor, ...]:
-        """Those whose names begin so; none where the settings turn the part off."""
+        """Those whose names begin so, in the table's order; none where the part is turned off."""
         return tuple(p for name, p in self.named_parameters() if name.startswith(part))
 
     def layers(self, qat_floor: Tensor | None) -> list[Layer]:
@@ -1178,8 +1174,7 @@ class Optimizer:
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks; returns their global norm, a scalar tensor.
 
-        Each rank's loss is divided by the tokens of the whole batch, so that the sum over ranks
-        is the gradient of the global mean."""
+        A rank's loss is divided by the whole batch's tokens, so the sum is the mean's gradient."""
         flat, runtime = self.flat, self.runtime
         if runtime.world_size > 1:
             works = [dist.all_reduce(self.rest, async_op=True)]
@@ -1235,7 +1230,9 @@ class WeightAverage:
         """After a step that began at `progress`; swa: whether SWA has begun."""
         passed, self.last_progress = progress - self.last_progress, progress
         if self.ema is not None:
-            self.ema.lerp_(self.weights, -math.expm1(-passed / self.hp.ema_frac))
+            # A share of what has passed, so that the mean has no part of the weights at the start.
+            new, all_ = (math.expm1(-span / self.hp.ema_frac) for span in (passed, progress))
+            self.ema.lerp_(self.weights, new / all_ if progress else 1.0)
         if self.swa is not None and swa and progress - self.last_sample >= self.hp.swa_frac:
             self.samples, self.last_sample = self.samples + 1, progress
             self.swa.lerp_(self.weights if self.ema is None else self.ema, 1 / self.samples)
@@ -1328,7 +1325,8 @@ class Clock:
         begin = now - self.started + self.recent[-1] * self.runtime.on_gpu
         over = begin >= self.cap or begin + max(self.recent) > self.cap
         every = self.hp.checkpoint_seconds or math.inf
-        due = now - self.last_checkpoint >= every and self.cap - begin >= every  # none at the end
+        in_time = self.cap - begin >= min(every, self.cap / 10)  # near the end it is not worth it
+        due = in_time and now - self.last_checkpoint >= every
         told = [float(x) * self.runtime.is_main for x in (begin / self.cap, over, due)]
         told = torch.tensor([*told, self.stop.noted], dtype=torch.float64)
         by_time, over, due, signals = self.runtime.sum_(told).tolist()
@@ -1341,7 +1339,7 @@ class Clock:
 
     def forecast(self, passes: int) -> str:
         """How the run goes on, in words."""
-        left = self.elapsed() * (1 / max(self.progress, 1e-9) - 1)
+        left = min(self.cap, self.elapsed() / max(self.progress, 1e-9)) - self.elapsed()
         return f"{passes} passes, {1000 * self.recent[-1]:.0f} ms a step, {left:.0f} s left"
 
     def fields(self, step: int) -> dict[str, str]:
@@ -1427,6 +1425,7 @@ class Trainer:
             if ends or progress >= until:
                 break
             if checkpoint_due:
+                self.check_norm()  # no checkpoint of a run that has diverged
                 self.elapsed = clock.elapsed()
                 save_checkpoint(self, checkpoints)
                 clock.last = time.perf_counter()  # the next step will not be as long
@@ -1553,7 +1552,7 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(path, hashlib.sha256(data).digest() + data)
-        # It and the one before it stay; those of later steps go, as a resumed run left them behind.
+        # It and one more stay. Those of later steps, which a resumed run left behind, go first.
         found = sorted(folder.glob("step_*.pt"), key=lambda other: (other <= path, other))
         for old in (*found[:-2], *folder.glob("step_*.tmp")):
             old.unlink()
@@ -1848,7 +1847,7 @@ class Evaluator:
                 losses.index_copy_(0, place, found.flatten())
                 times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
                 if name:
-                    self.log.progress(f"{name} {(at + size) / max(size, len(chosen)):4.0%}")
+                    self.log.progress(f"{name} {min(1, (at + size) / len(chosen)):4.0%}")
         return losses, times_scored
 
     def bits_per_byte(self, losses: Tensor) -> float:
@@ -2020,6 +2019,7 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
     suffixes = (".txt", ".int6.xz", ".checkpoints")
     log, artifact, checkpoints = (Path(hp.output_dir) / f"{run_id}{end}" for end in suffixes)
     kept = (artifact,) if hp.resume else (log, artifact, checkpoints)
+    kept = (log,) if hp.evaluate else kept
     existing = runtime.from_main([str(path) for path in kept if path.exists()])
     also = {str(artifact): f", or score it again with --evaluate {artifact}"}
     also |= {str(checkpoints): ", or go on from its checkpoint with --resume"}
@@ -2117,7 +2117,7 @@ def adopt(hp: Hyperparameters, stored: Hyperparameters) -> Hyperparameters:
     T = stored.train_seq_len
     fitted = {"train_batch_tokens": T, "micro_batch_tokens": max(T, hp.micro_batch_tokens)}
     fitted["eval_stride"] = min(T, hp.eval_stride)
-    fitted["eval_passes"] = hp.eval_passes or stored.eval_passes
+    fitted["eval_passes"] = hp.eval_passes or stored.eval_passes or stored.max_passes
     return replace(hp, **(stored.architecture() | fitted))
 
 
@@ -2147,7 +2147,7 @@ def train(
         artifact = export(replace(hp, eval_passes=passes), tensors, artifact, log)
     log.phase("export")
     stop.advice, stop.farewell = "", f": score {artifact} with --evaluate {artifact}"
-    return EXIT_EXPORTED if interrupted or stop.noted else 0, artifact
+    return EXIT_EXPORTED if interrupted else 0, artifact
 
 
 def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
@@ -2155,8 +2155,8 @@ def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
     runtime, log, graphs = evaluator.runtime, evaluator.log, graphs_compiled()
     stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
     hp = adopt(hp, stored)
-    if hp.eval_passes > (stored.eval_passes or stored.max_passes):
-        text = f"scores with {hp.eval_passes} passes, the run did with {stored.eval_passes}"
+    if hp.eval_passes > (own := stored.eval_passes or stored.max_passes):
+        text = f"scores with {hp.eval_passes} passes, the run did with {own}"
         log.event("warning", text=text)
     model = build_model(hp, runtime, log)
     model.load_state_dict(tensors)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SHALLOW, Lines
 
+import train_gpt
 from train_gpt import (
     GPT,
     Data,
@@ -16,6 +17,7 @@ from train_gpt import (
     Hyperparameters,
     Runtime,
     TokenBytes,
+    UserError,
     scoring_windows,
 )
 
@@ -299,3 +301,21 @@ def test_ranks_agree_and_no_chunk_size_deadlocks(
         for results in on_ranks(world_size, scores_on_a_rank, *arguments):
             for own, expected in zip(results, alone, strict=True):
                 np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_artifact_that_does_not_say_its_passes_is_scored_with_all_that_it_has(tiny):
+    stored = tiny(vocab_size=320, passes_schedule="0:1,0.5:2")
+    assert stored.eval_passes is None
+    assert train_gpt.adopt(tiny(), stored).eval_passes == 2
+    assert train_gpt.adopt(tiny(eval_passes=3), stored).eval_passes == 3
+
+
+def test_an_evaluation_may_have_the_name_of_the_run_whose_artifact_it_scores(
+    tiny, runtime, tmp_path
+):
+    hp = tiny(evaluate="a.int6.xz", run_id="a", output_dir=str(tmp_path))
+    (tmp_path / "a.int6.xz").touch()
+    assert train_gpt.run_files(hp, runtime)[0] == tmp_path / "a.txt"
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match=r"a\.txt would be overwritten"):
+        train_gpt.run_files(hp, runtime)
