@@ -559,9 +559,8 @@ def check_tokenizer(hp: Hyperparameters, path: Path) -> str:
 class TokenBytes:
     """The bytes of text that each target token stands for: what val_bpb divides by.
 
-    A byte-fallback piece is 1 byte; another piece its UTF-8 length without a leading `▁`, plus 1
-    for that `▁` unless the token before it is a boundary (control, unknown or unused); a
-    boundary token is 0 bytes."""
+    A byte-fallback piece is 1 byte; another one its UTF-8 length without a leading `▁`, plus 1 for
+    that `▁` unless it follows a boundary token (control, unknown or unused), which is 0 bytes."""
 
     def __init__(self, tokenizer: spm.SentencePieceProcessor, device: torch.device) -> None:
         rows = []
@@ -717,39 +716,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     return x * cos + torch.cat([b, a, rest], dim=-1) * sin
 
 
-class Heads(torch.autograd.Function):
-    """q = gain rot(n(x_q)), k = rot(n(x_k)), v = x_v of x (B, T, H+2G, E); n: rms_norm of a head.
-
-    Norms of q and k: Henry et al. 2020 (QK-norm). The backward is written out, for with
-    u = rot' dq the gradients of norm and gain need one and the same sum, u'n; autograd's own moves
-    more memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, half: int
-    ) -> tuple[Tensor, ...]:
-        H, G = len(gain), (x.size(2) - len(gain)) // 2
-        gain = F.pad(gain, (0, G), value=1.0)[:, None]
-        ctx.save_for_backward(x, gain, cos, sin)
-        ctx.half = half
-        qk, v = x.split([H + G, G], dim=2)
-        q, k = (gain * rotate(rms_norm(qk), cos, sin, half)).split([H, G], dim=2)
-        return q, k, v
-
-    @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, cos, sin = ctx.saved_tensors
-        exact = torch.promote_types(x.dtype, torch.float32)
-        x, u = x[:, :, : len(gain)].to(exact), torch.cat([dq, dk], dim=2)
-        u = rotate(u, cos, -sin, ctx.half).to(exact)
-        scale = (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
-        n = scale * x
-        along = (u * n).sum(-1, keepdim=True)
-        dx = gain * scale * (u - n * along / x.size(-1))
-        dgain = along.sum((0, 1, 3))[: dq.size(2)].to(gain.dtype)
-        return torch.cat([dx.to(dv.dtype), dv], dim=2), dgain, None, None, None
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(E)) v of the past: q (B, T, H, E), k and v (B, T, G, E) -> q's shape."""
     if q.device.type == "cpu":  # its kernel is faster with copied heads than with grouped ones
@@ -771,7 +737,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 def attention(x: Tensor, layer: Layer, value: Scaled | None, rope: Rope) -> Tensor:
     """Causal grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D)."""
     x = F.linear(x, layer.qkv).unflatten(-1, (-1, layer.out.size(0) // layer.q_gain.numel()))
-    q, k, v = Heads.apply(x, layer.q_gain, *rope)
+    q, k, v = Heads.apply(x, layer.q_gain, *rope)  # normed heads, turned by RoPE, q times its gain
     if value is not None:
         v = v + value[1] * value[0].view_as(v)
     y = attend(q, k, v)  # (B, T, H, E)
@@ -1076,8 +1042,7 @@ class GPT(nn.Module):
 
 BANKS = ("mlp_up_bank", "mlp_down_bank", "qo_bank", "kv_bank")  # Muon's, the largest first
 ADAM_GROUPS = ("table", "projection", "scalar")
-# torch 2.13 gave them these names.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # till 2.12
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -1935,7 +1900,42 @@ class Evaluator:
             (losses.sum() / (len(starts) * T)).backward()
 
 
-# --- 11. Kernels: the fused MLP of Hopper GPUs (not needed to understand the method) --------------
+# --- 11. Kernels: written by hand for speed, not needed to understand the method ------------------
+
+
+class Heads(torch.autograd.Function):
+    """q = gain rot(n(x_q)), k = rot(n(x_k)), v = x_v of x (B, T, H+2G, E); n: rms_norm of a head.
+
+    Norms of q and k: Henry et al. 2020 (QK-norm). The backward is written out, for with
+    u = rot' dq the gradients of norm and gain need one and the same sum, u'n; autograd's own moves
+    more memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, half: int
+    ) -> tuple[Tensor, ...]:
+        H, G = len(gain), (x.size(2) - len(gain)) // 2
+        gain = F.pad(gain, (0, G), value=1.0)[:, None]
+        ctx.save_for_backward(x, gain, cos, sin)
+        ctx.half = half
+        qk, v = x.split([H + G, G], dim=2)
+        q, k = (gain * rotate(rms_norm(qk), cos, sin, half)).split([H, G], dim=2)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, cos, sin = ctx.saved_tensors
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x, u = x[:, :, : len(gain)].to(exact), torch.cat([dq, dk], dim=2)
+        u = rotate(u, cos, -sin, ctx.half).to(exact)
+        scale = (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
+        n = scale * x
+        along = (u * n).sum(-1, keepdim=True)
+        dx = gain * scale * (u - n * along / x.size(-1))
+        dgain = along.sum((0, 1, 3))[: dq.size(2)].to(gain.dtype)
+        return torch.cat([dx.to(dv.dtype), dv], dim=2), dgain, None, None, None
+
+
 if triton is not None:
 
     @triton.jit
