@@ -979,10 +979,11 @@ class GPT(nn.Module):
         (q, out), (k, v) = by_layer(self.qo_bank), by_layer(self.kv_bank)
         [up], [down] = by_layer(self.mlp_up_bank), by_layer(self.mlp_down_bank)
         depth = self.depth[:, None, None]
-        matrices = (depth * torch.cat([q, k, v], dim=1), self.attn_scale[..., None] * out)
-        matrices += (depth * up, self.mlp_scale[..., None] * down)
+        qkv, out = depth * torch.cat([q, k, v], dim=1), self.attn_scale[..., None] * out
+        up, down = depth * up, self.mlp_scale[..., None] * down
         # unbind, not indexing: its backward is one stack, not a full-size zero for every layer.
-        rows = [t.to(self.dtype).unbind() for t in (*matrices, self.resid_mix, self.q_gain)]
+        parts = (qkv, out, up, down, self.resid_mix, self.q_gain)  # of a Layer, in its order
+        rows = [t.to(self.dtype).unbind() for t in parts]
         xsa = [i >= L - hp.xsa_last_n and not hp.core_start <= i < hp.core_end for i in range(L)]
         return [Layer(*row) for row in zip(*rows, xsa, strict=True)]
 
@@ -2155,9 +2156,8 @@ def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
     runtime, log, graphs = evaluator.runtime, evaluator.log, graphs_compiled()
     stored, tensors = runtime.from_main(read_artifact(artifact) if runtime.is_main else None)
     hp = adopt(hp, stored)
-    if hp.eval_passes > (own := stored.eval_passes or stored.max_passes):
-        text = f"scores with {hp.eval_passes} passes, the run did with {own}"
-        log.event("warning", text=text)
+    if hp.eval_passes > (stored.eval_passes or stored.max_passes):
+        log.event("warning", text=f"scores with {hp.eval_passes} passes, more than the run itself")
     model = build_model(hp, runtime, log)
     model.load_state_dict(tensors)
     losses = evaluator.run_all(model, FlatParameters(model), hp.eval_passes)

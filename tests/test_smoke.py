@@ -98,6 +98,10 @@ def test_an_artifact_is_scored_again_with_the_same_numbers(first, launch, corpus
     expected = first.metrics("first")
     assert again.metrics("again") == {name: expected[name] for name in METRICS[1:]}
     assert (tmp_path / "losses.npy").read_bytes() == (first.folder / "losses.npy").read_bytes()
+    assert "warning" not in again.log("again")
+    flags = [*flags[:2], "--eval-passes", "9", "--no-ttt-enabled", "--no-sliding-eval"]
+    more = launch(*flags, base=env, RUN_ID="more")
+    assert "scores%20with%209%20passes,%20more%20than" in more.log("more")
 
 
 def test_the_losses_of_single_tokens(first, corpus):
