@@ -52,8 +52,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 from urllib.parse import quote
 
-if __name__ == "__main__":  # until main sees to signals: no traceback from the imports
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
 
 try:
     import numpy as np

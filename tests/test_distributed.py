@@ -411,6 +411,21 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
             signal.signal(number, handler)
 
 
+def test_a_background_job_that_ignores_ctrl_c_goes_on_ignoring_it():
+    """As bash starts the jobs of a script."""
+    program = """if True:
+        import runpy, signal, sys
+        sys.argv = ["train_gpt.py", "--help"]
+        try:
+            runpy.run_path("train_gpt.py", run_name="__main__")
+        finally:
+            print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+    """
+    ignoring = ["bash", "-c", "trap '' INT; exec \"$@\"", "bash", sys.executable, "-c", program]
+    done = subprocess.run(ignoring, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("True\n"), done.stderr
+
+
 def children(torchrun: int) -> dict[int, int]:
     """rank -> process of a torchrun on this machine."""
     found = {}
