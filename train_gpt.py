@@ -1253,8 +1253,7 @@ class BatchLimit:
             try:
                 return work(self.sequences)
             except torch.OutOfMemoryError:
-                text = "the GPU's memory does not hold one sequence: lower train_seq_len"
-                require(self.sequences > 1, f"{text}, or make the model smaller")
+                require(self.sequences > 1, "not one sequence fits the GPU: lower train_seq_len")
             self.sequences //= 2
             torch.cuda.empty_cache()
             self.log.event("out_of_memory", sequences_at_once=self.sequences)
@@ -1579,9 +1578,8 @@ MAX_MODEL_BYTES = 1 << 30  # an artifact that claims more is refused before anyt
 def row_scales(w: Tensor, levels: int, floor: Tensor) -> Tensor:
     """The quantization step (..., rows, 1) of each row of w (..., rows, cols).
 
-    GPTQ-lite (PR 414), for each row: of the clips at CLIP_QUANTILES of the row's |w| the one with
-    the least squared error, counted with the step as stored: float16 and no finer than `floor`, a
-    scalar tensor."""
+    GPTQ-lite (PR 414): of the clips at CLIP_QUANTILES of a row's |w| the one with the least squared
+    error, counted with the step as stored: float16, and no finer than `floor`, a scalar tensor."""
     places = [(1 - quantile) * (w.size(-1) - 1) for quantile in CLIP_QUANTILES]  # from the largest
     top = w.abs().topk(min(w.size(-1), 2 + int(max(places)))).values
     best = torch.zeros_like(top[..., :1])
@@ -1667,8 +1665,7 @@ def compress(header: Mapping[str, Any], tensors: Mapping[str, Tensor], floor_ind
 
 
 def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
-    """Bytes of the artifact if each bank were coded at its integers' entropy: about lzma's result,
-    a thousand times faster."""
+    """Bytes of the artifact if banks were coded at their entropy: about lzma's, but at once."""
     total = float(payload_bytes({n: w.shape for n, w in tensors.items()}))
     for w in (tensors[name] for name in BANKS):
         scale = row_scales(w, INT6_LEVELS, torch.tensor(floor, device=w.device))
@@ -2037,13 +2034,16 @@ def check_paths(hp: Hyperparameters) -> None:
     """Raises UserError with all that is wrong with the paths that were given."""
     output, losses = Path(hp.output_dir).absolute(), Path(hp.token_losses or "losses.npy")
     folder = next(path for path in (output, *output.parents) if path.exists())
-    need = 0 if hp.evaluate else hp.artifact_limit_bytes
-    room = shutil.disk_usage(folder).free > need
+    room = bool(hp.evaluate) or shutil.disk_usage(folder).free > hp.artifact_limit_bytes
+    artifact, tokenizer = Path(hp.evaluate or __file__), find_tokenizer(hp)
+    shards = any(Path(hp.data_path).glob("fineweb_val_*.bin"))
+    known = tokenizer.is_file() or not (shards or hp.tokenizer_path)  # else it is the data's fault
     require_all(
-        (Path(hp.data_path).is_dir(), f"data_path={hp.data_path} is no folder: {DATA_REMEDY}"),
-        (find_tokenizer(hp).is_file(), f"tokenizer_path={find_tokenizer(hp)} is missing: set it"),
+        (artifact.is_file(), f"artifact {artifact} cannot be read: no such file"),
+        (shards, f"data_path={hp.data_path} holds no fineweb_val_*.bin: {DATA_REMEDY}"),
+        (known, f"tokenizer_path={tokenizer} is missing: set it"),
         (losses.parent.is_dir() and not losses.is_dir(), f"token_losses={losses} can be no file"),
-        (room, f"output_dir={output}: less than {need} bytes free"),
+        (room, f"output_dir={output}: less than {hp.artifact_limit_bytes} bytes free"),
     )
 
 

@@ -489,7 +489,11 @@ def table_rows(runs: Sequence[Run]) -> list[list[str]]:
     """The seeds, then a row for each number; of several runs that are alike mean and deviation."""
     found, spreads = [figures(run) for run in runs], summarize(runs)
     several = len(runs) > 1 and bool(spreads)
-    rows = [["seed", *(run.label for run in runs), *["mean", "std"] * several]]
+    labels = [run.label for run in runs]
+    title, names = "seed", labels
+    if len(set(labels)) < len(labels):
+        title, names = "run", [run.path.stem for run in runs]
+    rows = [[title, *names, *["mean", "std"] * several]]
     for key in dict.fromkeys(k for values in sorted(found, key=len)[::-1] for k in values):
         mean, std, _ = spreads.get(key, (None, None, 0))
         row = [number(values.get(key), decimals(key)) for values in found]
@@ -707,9 +711,17 @@ def write_tensorboard(paths: Sequence[Path], folder: Path, follow: bool) -> None
     except ImportError:
         raise LogError("--tensorboard needs a package: pip install tensorboard") from None
     written: set[tuple[str, str, int]] = set()
-    writers = {p: SummaryWriter(str(folder / p.parent.name / p.stem)) for p in paths}
+    writers = {}
+    print(f"show them: tensorboard --logdir {folder}", flush=True)
     while True:
-        runs = read_runs(paths)
+        there = [path for path in paths if path.is_file() or not follow]  # or they come yet
+        runs = read_runs(there)
+        for run in runs:
+            if run.path not in writers:
+                board = folder / run.path.parent.name / run.path.stem
+                for old in board.glob("events.out.tfevents.*"):  # the same values once more
+                    old.unlink()
+                writers[run.path] = SummaryWriter(str(board))
         for run in runs:
             for name, step, value, seconds in scalars(run):
                 if (str(run.path), name, step) not in written:
@@ -718,10 +730,10 @@ def write_tensorboard(paths: Sequence[Path], folder: Path, follow: bool) -> None
                     writers[run.path].add_scalar(name, value, step, walltime=seconds)
             writers[run.path].flush()
         going = [run for run in runs if run.missing and not run.all("failed")]
-        if not follow or not going:
+        if not follow or not (going or len(there) < len(paths)):
             break
         time.sleep(2)
-    print(f"{folder}: {len(written):,} values; show them: tensorboard --logdir {folder}")
+    print(f"{folder}: {len(written):,} values")
 
 
 def parse_figure(text: str) -> Spread:

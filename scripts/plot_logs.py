@@ -126,15 +126,20 @@ def draw_marks(axis: Any, runs: Sequence[Run], timed: bool = False) -> None:
                 )  # fmt: skip
 
 
-def add_legend(plt: Any, figure: Any, runs: Sequence[Run], **more: Mapping[str, Any]) -> None:
-    """One legend above all panels: the runs by colour, then `more`, with `_` for a space."""
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' seeds if they differ, or else their files."""
     seeds = [f"seed {run.label}" for run in runs]
     paths = [f"{run.path.parent.name[-20:]}/{run.path.stem[-20:]}" for run in runs]
-    names = seeds if len(set(seeds)) == len(seeds) else paths
+    return seeds if len(set(seeds)) == len(seeds) else paths
+
+
+def add_legend(plt: Any, figure: Any, runs: Sequence[Run], **more: Mapping[str, Any]) -> None:
+    """One legend above all panels: the runs by colour, then `more`, with `_` for a space."""
+    names = run_names(runs)
     styles = {name: {"color": colour(i)} for i, name in enumerate(names)}
     styles |= {name.replace("_", " "): style for name, style in more.items()}
     handles = [plt.Line2D([], [], **style) for style in styles.values()]
-    columns = min(len(styles), 6 if names == seeds else 3)
+    columns = min(len(styles), 3 if "/" in names[0] else 6)
     figure.legend(handles, list(styles), loc="outside upper center", ncols=columns)
 
 
@@ -330,7 +335,7 @@ def draw_bytes(plt: Any, runs: Sequence[Run]) -> Any:
         most = max(most, LIMIT_BYTES)
     else:
         label += f"; the limit, {LIMIT_BYTES / 1e6:g}, is far to the right"
-    axis.set_yticks(range(len(known)), [f"seed {run.label}" for run in reversed(known)])
+    axis.set_yticks(range(len(known)), run_names(known)[::-1])
     axis.set(xlim=(0, 1.02 * most), ylim=(-0.4, len(known) - 0.3), xlabel=label)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
     axis.grid(axis="y", visible=False)

@@ -82,7 +82,9 @@ def load(path: Path) -> GPT:
 
 def find_tokenizer(artifact: Path, named: Path | None) -> Path:
     """Raises UserError if there is none."""
-    places = [named] if named else [artifact.with_name("tokenizer.model")]
+    places = [artifact.with_name("tokenizer.model")]
+    if named:
+        places = [named / "tokenizer.model" if named.is_dir() else named]
     log = artifact.with_name(artifact.name.removesuffix(".int6.xz") + ".txt")
     if not named and log.is_file():
         with suppress(LogError):
@@ -189,8 +191,9 @@ def run(args: argparse.Namespace) -> None:
     special = (tokenizer.IsControl, tokenizer.IsUnknown, tokenizer.IsUnused)
     banned = [i for i in range(pieces) if any(test(i) for test in special)]
     most = hp.max_passes
+    single = most > 1 or max(asked, default=1) == 1
+    require(single, f"--passes {args.passes}: the model has no repeats, use 1")
     for passes in asked or [hp.eval_passes or most]:
-        require(passes == 1 or most > 1, f"--passes {passes}: the model has no repeats, use 1")
         if len(asked) > 1:
             print(f"--- passes: {passes}")
         write_text(tokenizer, ids, generate(model, ids, banned, passes, args))
