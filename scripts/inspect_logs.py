@@ -816,6 +816,10 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

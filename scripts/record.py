@@ -36,7 +36,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from datetime import datetime
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ NOT_COMPARABLE = (
     "> **Not a leaderboard figure**: it was not measured on FineWeb's validation split with 8 H100."
 )
 NOT_CHECKED = "The author's words, not checked"
+NOTES_HEADING = "What did not work: the author's notes"
 # A loss or bpb in a log has 8 decimals: it is off by at most half of the last one, with a little
 # for the order of a sum.
 ROUNDING = 0.51e-8
@@ -166,6 +168,9 @@ def training_errors(run: Run) -> Iterator[str]:
     told = [e.step or 0 for e in run.events if e.name in ("", "validation", "progressive_passes")]
     if max(told, default=0) > steps:
         yield f"a line is of step {max(told)}, training stopped after step {steps}"
+    for before, after in pairwise(run.step_lines):
+        if after.seconds < before.seconds:
+            yield f"its clock went back from {before.seconds:.3f} s at step {before.step}"
     clock = max((line.seconds for line in run.step_lines), default=0.0)
     if clock > seconds:
         yield f"a step ended at {clock:.3f} s, training at {seconds:.3f} s"
@@ -320,10 +325,11 @@ def rounded(value: Any) -> Any:
 def run_date(runs: Sequence[Run]) -> str:
     """The day on which the last of the runs started."""
     stamps = [run.last("run").pairs.get("started", "") for run in runs]
-    match = re.match(r"(\d{4})(\d\d)(\d\d)", max(stamps))
-    if match is None:
-        raise RecordError(f"the run line of {runs[0].path.name} has no date (started:YYYYMMDD_...)")
-    return "-".join(match.groups())
+    try:
+        return datetime.strptime(max(stamps)[:8], "%Y%m%d").strftime("%Y-%m-%d")
+    except ValueError:
+        text = "has no date (started:YYYYMMDD_...)"
+        raise RecordError(f"the run line of {runs[0].path.name} {text}") from None
 
 
 def folder_name(submission: Mapping[str, Any]) -> str:
@@ -397,7 +403,7 @@ def checked_readme(
         "every log.",
         f"## Hardware, versions, data\n\n- {submission['hardware']}\n"
         f"{facts_list(submission['versions'] | submission['data'])}",
-        f"## What did not work: the author's notes\n\n*{NOT_CHECKED}.*",
+        f"## {NOTES_HEADING}\n\n*{NOT_CHECKED}.*",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -431,6 +437,8 @@ def package(args: argparse.Namespace) -> Path:
     target = RECORDS / submission["track"] / folder_name(submission)
     if target.exists() and not args.replace:
         raise RecordError(f"{target} exists: choose another --name, or --replace it")
+    if target.exists() and read_submission(target / SUBMISSION).get("name") != args.name:
+        raise RecordError(f"{target} is a record of another name: choose another --name")
     notes = read_notes(args.notes) if args.notes else notes_of(target)
     RECORDS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=RECORDS) as scratch:
@@ -465,7 +473,8 @@ def notes_of(folder: Path) -> str:
     """The author's notes of the record that is replaced, if there is one."""
     text = ""
     if (folder / README).is_file():
-        text = (folder / README).read_text("utf-8", "replace").rpartition(f"*{NOT_CHECKED}.*\n")[2]
+        heading = f"## {NOTES_HEADING}\n\n*{NOT_CHECKED}.*\n"
+        text = (folder / README).read_text("utf-8", "replace").partition(heading)[2]
     return text.strip() or "Nothing was noted down for this record."
 
 
@@ -568,8 +577,7 @@ def script_errors(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
             yield f"{run.path.name} was made by another script: its sha256 is not {SCRIPT}'s"
         elif code.number("bytes") != len(data):
             yield f"{run.path.name} counts {code.number('bytes')} bytes, {SCRIPT} has {len(data)}"
-        match = LOG_NAME.fullmatch(run.path.name)
-        if match and int(match[1]) != run.seed:
+        if run.path.name != f"train_seed{run.seed}.log":
             yield f"{run.path.name} is a run of seed {run.seed}"
     try:
         help_text = [sys.executable, "-B", SCRIPT, "--help"]

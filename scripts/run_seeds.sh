@@ -7,8 +7,8 @@
 #
 # Options:
 #   --seeds "N N ..."   default "1337 42 2025"
-#   --output DIR        default logs/seeds, in the repository's root: train_gpt.py as it ran, and
-#                       for each finished seed train_seed<N>.log and train_seed<N>.int6.xz
+#   --output DIR        default logs/seeds, in the repository's root: train_gpt.py as it ran, its
+#                       settings, and for each seed train_seed<N>.log and train_seed<N>.int6.xz
 #   --env FILE          KEY=value lines for variables that are not set yet
 #   --demo              --env scripts/demo.env
 #   --nproc N           processes; default: one for each GPU, one without
@@ -74,12 +74,13 @@ if [ -e "$pid_file" ] && ps -p "$(cat "$pid_file")" -o args= | grep -q run_seeds
 fi
 echo $$ >"$pid_file"
 child=""
-trap 'rm -f "$pid_file"' EXIT
+trap 'rm -rf "$pid_file" "$output/new"' EXIT
 # "wait" comes back at a signal, so the trap runs at once; the run ends before this script does.
 end() {
     trap '' INT TERM HUP
     [ -z "$child" ] || kill "$child" 2>/dev/null
     wait
+    echo "stopped: the same command goes on, with RESUME=1 from a checkpoint if there is one" >&2
     exit "$1"
 }
 trap 'end 130' INT
@@ -100,6 +101,30 @@ fi
 mv "$new" "$script"
 rmdir "$output/new"
 
+# What all seeds share: mistakes in it are told now, and finished seeds must have had the same.
+settings="$*"
+[ -n "$given" ] || settings=$("$python" - "$@" <<'PYTHON'
+import os, sys
+sys.path.insert(0, ".")
+import train_gpt
+own = {"seed", "run_id", "output_dir"}
+try:
+    hp, sources = train_gpt.read_configuration(os.environ, sys.argv[1:])
+    given = {name: source for name, source in sources.items() if source != "default"}
+    for name in own & given.keys():
+        train_gpt.require(given[name] != "flag", f"{name} is set by run_seeds.sh: leave it out")
+except train_gpt.UserError as error:
+    sys.exit(f"error: {error}")
+free = own | {"resume", "checkpoint_seconds", "on_signal"}
+print("\n".join(f"{name}={getattr(hp, name)}" for name in given if name not in free))
+PYTHON
+) || exit 2
+if compgen -G "$output/train_seed*.log" >/dev/null && [ -e "$output/settings" ]; then
+    [ "$settings" = "$(cat "$output/settings")" ] || fail "$output has logs of other settings:" \
+        "$(diff "$output/settings" - <<<"$settings" | grep '^[<>]' | tr '\n' ' '): choose another --output"
+fi
+echo "$settings" >"$output/settings"
+
 if [ -z "$nproc" ]; then
     nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
@@ -108,10 +133,22 @@ for seed in $seeds; do
     [ ! -e "$left" ] || [ -e "${left%.int6.xz}.log" ] ||
         fail "$left is there without its log: move it away, nothing is overwritten"
 done
+# finish RUN: keeps the log and the artifact of a run whose log is complete.
+finish() {
+    "$python" scripts/inspect_logs.py "$output/running/$1.txt" --require-complete >/dev/null &&
+        mv "$output/running/$1.int6.xz" "$output/$1.int6.xz" &&
+        rm -rf "$output/running/$1.checkpoints" &&
+        mv "$output/running/$1.txt" "$output/$1.log" # last: the log says that the seed is done
+}
+[[ " $* " != *" --resume "* ]] || RESUME=1
 for seed in $seeds; do
     run=train_seed$seed
     if [ -e "$output/$run.log" ]; then
         echo "seed $seed: finished before, kept $output/$run.log"
+        continue
+    fi
+    if [ -e "$output/running/$run.int6.xz" ] && finish "$run" 2>/dev/null; then
+        echo "seed $seed: finished by itself, kept $output/$run.log"
         continue
     fi
     if [ -e "$output/running/$run.txt" ] && [ -z "${RESUME:-}" ]; then
@@ -126,18 +163,19 @@ for seed in $seeds; do
         done
     fi
     echo "seed $seed: $nproc process(es), log $output/running/$run.txt"
+    # In the background, so that a signal to this script reaches it at once; in a group of its own
+    # (set -m), so that Ctrl-C does not reach the run a second time.
+    set -m
     SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running "$python" -m torch.distributed.run \
         --standalone --nproc_per_node="$nproc" "$script" "$@" &
-    child=$! # in the background, so that a signal to this script reaches it at once
+    child=$!
+    set +m
     wait "$child" || {
         echo "error: seed $seed: the run failed; once what it says above is mended, the same" \
             "command goes on with this seed" >&2
         exit 1
     }
     child=""
-    "$python" scripts/inspect_logs.py "$output/running/$run.txt" --require-complete >/dev/null ||
-        fail "seed $seed: its log is incomplete and stays in $output/running"
-    mv "$output/running/$run.int6.xz" "$output/$run.int6.xz"
-    mv "$output/running/$run.txt" "$output/$run.log" # last: the log says that the seed is done
+    finish "$run" || fail "seed $seed: its log is incomplete and stays in $output/running"
 done
 "$python" scripts/inspect_logs.py "$output"/train_seed*.log

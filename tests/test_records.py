@@ -298,6 +298,7 @@ CONTRADICTIONS = {
     "epochs": ("epochs:57/57", "epochs:58/57", "legal_ttt_exact has epochs:58/57"),
     "step": ("step:40/40", "step:41/40", "a line is of step 41, training stopped after step 40"),
     "phase": ("passes step:30", "passes step:50", "a line is of step 50"),
+    "clock that goes back": ("train_time:550ms", "train_time:5ms", "its clock went back"),
     "clock": ("stop step:40 train_time:700ms", "stop step:40 train_time:699ms", "ended at 0.700 s"),
     "signal": ("stop step:40 ", "stop step:40 interrupted:1 ", "a signal ended its training early"),
     "steps after the clock": ("seconds value:600.0", "seconds value:0.3", "its wall clock of 0.3"),
@@ -417,6 +418,14 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     assert not found["leaderboard_comparable"]
     assert record.main(["check", str(folder), "--rerun", "--env", str(env_file)]) == 0
     assert f"rerun: val_bpb {found['val_bpb']:.8f} on" in capsys.readouterr().out
+    printed, _ = run_seeds(env_file, output, *options, "--", "--matrix-lr", "0.5").communicate()
+    assert "has logs of other settings: <  > --matrix-lr 0.5" in printed
+    (output / "train_seed1337.log").rename(output / "running" / "train_seed1337.txt")
+    (output / "train_seed1337.int6.xz").rename(output / "running" / "train_seed1337.int6.xz")
+    (output / "running" / "train_seed1337.checkpoints").mkdir()
+    printed, _ = run_seeds(env_file, output, *options).communicate()
+    assert "seed 1337: finished by itself" in printed
+    assert not any((output / "running").iterdir())
     edit("train_seed1337.log", "seed1337", "seed1")(output)
     (output / "train_seed1337.log").rename(output / "gone")
     printed, _ = run_seeds(env_file, output, *options).communicate()
@@ -432,6 +441,8 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
         (["--what"], "unknown option --what"),
         (["--env", str(tmp_path / "none")], "is missing"),
         (["--script", __file__, "--self-extracting"], "one of --script and --self-extracting"),
+        (["--", "--run-id", "x"], "run_id is set by run_seeds.sh"),
+        (["--", "--matrix-lr", "x"], "matrix_lr=x (flag) is no float"),
     ):
         process = run_seeds(env_file, tmp_path, *options)
         assert text in process.communicate()[0]
@@ -468,6 +479,23 @@ def ended(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminals_signal_does_not_reach_the_run_twice(number, env_file, tmp_path):
+    """Ctrl-C and a hangup go to a whole group; torchrun is not in it, and is told by the script."""
+    script, started = tmp_path / "mine.py", tmp_path / "pid"
+    script.write_text(SLEEPER.format(path=str(started)))
+    options = ("--seeds", "1", "--script", str(script))
+    with time_limit(40):
+        process = run_seeds(env_file, tmp_path / "out", *options, start_new_session=True)
+        pid = wait_for(started)
+        status = Path(f"/proc/{pid}/status").read_text()
+        torchrun = int(status.split("PPid:")[1].split()[0])
+        assert os.getpgid(torchrun) != os.getpgid(process.pid)
+        os.killpg(process.pid, number)
+        process.communicate()
+        assert ended(pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
