@@ -559,8 +559,8 @@ def check_tokenizer(hp: Hyperparameters, path: Path) -> str:
 class TokenBytes:
     """The bytes of text that each target token stands for: what val_bpb divides by.
 
-    A byte-fallback piece is 1 byte; another one its UTF-8 length without a leading `▁`, plus 1 for
-    that `▁` unless it follows a boundary token (control, unknown or unused), which is 0 bytes."""
+    A byte-fallback piece is 1 byte; another one its UTF-8 length without a leading `▁`, plus 1
+    for that `▁` unless it follows a boundary token (control, unknown, unused), which is 0 bytes."""
 
     def __init__(self, tokenizer: spm.SentencePieceProcessor, device: torch.device) -> None:
         rows = []
@@ -870,11 +870,9 @@ def recurrence(
 
     h_0 (B, T, D) -> h_K. Pass 0 is the plain core: a_0 = 1, c_0 = 0. Each layer of the core mixes
     x0 in again in each pass. scales: a_1, a_2, ..., the last one for all passes beyond; feedback:
-    U, V and d, or empty for c = 0.
-
-    The proxy J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2 stands for a bound on the Jacobian of
-    a pass: it is 0 unless a pass moves the state by more than the state's norm. It is taken of
-    each sequence, so that it does not depend on how the batch is cut among ranks."""
+    U, V and d, or empty for c = 0. J = sum_k relu(|h_{k+1} - h_k| / |h_k| - 1)^2, the proxy for a
+    bound on a pass's Jacobian, is 0 unless a pass moves the state by more than the state's norm.
+    It is taken of each sequence, so that it does not depend on how ranks cut the batch."""
     c, h_next = None, core(h)
     measures = [measure(h, h_next, c)]
     for k in range(1, num_passes):
@@ -2218,5 +2216,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
+    with suppress(OSError):  # a full disk
+        sys.stdout.flush()
     os._exit(code)  # the usual exit aborts now and then, in threads that gloo leaves (torch 2.13)

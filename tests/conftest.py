@@ -311,7 +311,10 @@ def _run_program(env: dict[str, str], argv: list[str], output: str, prepare, arg
     sys.argv = ["train_gpt.py", *argv]
     if prepare is not None:
         prepare(*args)
-    sys.exit(train_gpt.main())
+    code = train_gpt.main()
+    with contextlib.suppress(OSError):  # as train_gpt.py ends
+        sys.stdout.flush()
+    os._exit(code)
 
 
 @dataclass(frozen=True)
