@@ -87,12 +87,14 @@ class Hub:
                     open_data_shard(got)
                 got.replace(target)
                 return
-            got.unlink()
+            got.unlink(missing_ok=True)
         raise UserError(f"{file.path} arrived broken, it {fault}: run again")
 
 
 def difference(file: RepoFile, local: Path) -> str | None:
     """What is wrong with the copy `local` of a file of the hub; None if nothing."""
+    if not local.is_file():
+        return "is not there"
     size = local.stat().st_size
     if size != file.size:
         return f"has {size:,} bytes instead of {file.size:,}"
