@@ -559,8 +559,8 @@ def check_tokenizer(hp: Hyperparameters, path: Path) -> str:
 class TokenBytes:
     """The bytes of text that each target token stands for: what val_bpb divides by.
 
-    A byte-fallback piece is 1 byte; another one its UTF-8 length without a leading `▁`, plus 1
-    for that `▁` unless it follows a boundary token (control, unknown, unused), which is 0 bytes."""
+    A byte-fallback piece is 1 byte; another one its UTF-8 length without a leading `▁`, which is
+    1 byte unless a boundary token (control, unknown or unused) is before it; those are 0 bytes."""
 
     def __init__(self, tokenizer: spm.SentencePieceProcessor, device: torch.device) -> None:
         rows = []

@@ -193,7 +193,7 @@ def training_command(output: Path, splits: dict[str, Any]) -> str:
     most = min(splits["val"]["tokens"] - 1, splits["train"]["tokens"] // 2)
     if most < window:
         if most < 64:
-            return "not possible, as either split has less than 64 tokens: prepare more text"
+            return "not possible, as its text fills no window of 64 tokens: prepare more"
         env += ["--train-seq-len", str(1 << most.bit_length() - 1)]
     return shlex.join(["python", "train_gpt.py", *env, "--data-path", str(output)])
 

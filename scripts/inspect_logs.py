@@ -664,13 +664,18 @@ def gaps(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def run_differences(first: Run, run: Run) -> list[str]:
+    """In what two runs are not seeds of one configuration that went as far."""
+    one, two = ([passes for _, passes in r.growth] for r in (first, run))
+    reached = [f"the passes that they reached ({one}, {two})"] if one != two else []
+    return differences(first.events, run.events) + reached
+
+
 def unlike(runs: Sequence[Run]) -> Iterator[str]:
-    """In what the runs are not seeds of one configuration: they have no mean."""
+    """Which runs are no seeds of one configuration, so that they have no mean."""
     first = runs[0]
     for run in runs[1:]:
-        found = differences(first.events, run.events)
-        one, two = ([passes for _, passes in r.growth] for r in (first, run))
-        found += [f"the passes that they reached ({one}, {two})"] if one != two else []
+        found = run_differences(first, run)
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         if found:
             yield f"{first.path} and {run.path} differ in {', '.join(found[:3])}{more}"

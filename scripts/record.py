@@ -225,11 +225,8 @@ def log_errors(runs: Sequence[Run]) -> Iterator[str]:
         yield from (f"{name}: {text}" for text in run.problems)
         for errors in (score_errors, training_errors, ttt_errors, artifact_errors):
             yield from (f"{name}: {text}" for text in errors(run))
-        for text in logs.differences(runs[0].events, run.events):
+        for text in logs.run_differences(runs[0], run):
             yield f"{runs[0].path.name} and {name} differ in {text}"
-        one, two = ([passes for _, passes in r.growth] for r in (runs[0], run))
-        if one != two:
-            yield f"{runs[0].path.name} reached {one} passes, {name} {two}: their mean says little"
     seeds = [run.seed for run in runs]
     for seed in sorted({seed for seed in seeds if seed is not None and seeds.count(seed) > 1}):
         yield f"seed {seed} is in more than one log"

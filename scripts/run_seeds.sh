@@ -101,7 +101,8 @@ fi
 mv "$new" "$script"
 rmdir "$output/new"
 
-# What all seeds share: mistakes in it are told now, and finished seeds must have had the same.
+# What all seeds share: mistakes in it are told now, and finished seeds must have had the same. Of
+# another --script only the flags are known.
 settings="$*"
 [ -n "$given" ] || settings=$("$python" - "$@" <<'PYTHON'
 import os, sys

@@ -259,7 +259,7 @@ REFUSALS = {
     "other settings": (edit(SEED2, "data/t.model", "data/u.model"), "differ in tokenizer_path"),
     "other hardware": (edit(SEED2, "world_size:8", "world_size:4"), "differ in device"),
     "other versions": (edit(SEED2, "numpy:2.3.5", "numpy:2.3.4"), "differ in versions"),
-    "other passes": (edit(SEED2, "num_passes:3", "num_passes:2"), "reached [1, 2, 3]"),
+    "other passes": (edit(SEED2, "num_passes:3", "num_passes:2"), "differ in the passes that"),
     "other data": (edit(SEED2, "fingerprint:ff00", "fingerprint:ff01"), "differ in val data"),
     "more data": (put(SEED2, resumed(20).replace("t:00ff", "t:0b", 1)), "resumed with another"),
     "over the limit": (
