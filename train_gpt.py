@@ -46,7 +46,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, cached_property, partial, wraps
+from functools import cache, partial, wraps
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -99,6 +99,17 @@ def opt(default: Any, text: str, least: float = 0, group: str = "") -> Any:
     return field(default=default, metadata={"text": text, "least": least, "group": group})
 
 
+@cache
+def read_schedule(text: str) -> tuple[tuple[float, int], ...]:
+    """(start, count), ... of a text such as 0.0:1,0.6:2; () if a rule is broken."""
+    with suppress(ValueError):
+        pairs = [item.split(":") for item in text.split(",")]
+        starts, counts = [float(start) for start, _ in pairs], [int(n) for _, n in pairs]
+        if starts[0] == 0 and starts == sorted({*starts}) and starts[-1] < 1 <= min(counts):
+            return tuple(zip(starts, counts, strict=True))
+    return ()
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """The configuration of a run. Fractions (`_frac`) are of the run's progress from 0 to 1."""
@@ -122,16 +133,17 @@ class Hyperparameters:
     train_batch_tokens: int = opt(786_432, "tokens of a step; not set: 98,304 a process", 1)
     micro_batch_tokens: int = opt(98_304, "most tokens that a rank takes at once", 1)
     shuffle: bool = opt(True, "read the windows of all shards in a seeded random order")
+    seq_len_schedule: str = opt("0.0:4,0.3:2,0.6:1", "start:parts that windows are cut into, ...")
 
     tokenizer_sha256: str | None = opt(None, "hash it must have; none: its own", group="model")
     vocab_size: int | None = opt(None, "pieces; none: the tokenizer's", 8)
     train_seq_len: int = opt(2048, "tokens of a window, in training and evaluation", 8)
     num_layers: int = opt(11, "unique layers", 1)
     model_dim: int = opt(512, "width of the residual stream", 1)
-    num_heads: int = opt(8, "query heads", 1)
-    num_kv_heads: int = opt(4, "key and value heads", 1)
+    num_heads: int = opt(4, "query heads; heads of 128 dims are faster than of 64", 1)
+    num_kv_heads: int = opt(2, "key and value heads", 1)
     mlp_mult: float = opt(3.0, "MLP width over model width")
-    rope_dims: int = opt(16, "dims of each head that RoPE turns")
+    rope_dims: int = opt(32, "dims of each head that RoPE turns")
     qk_gain_init: float = opt(1.5, "start of the gain of each query head", -math.inf)
     xsa_last_n: int = opt(4, "last layers with XSA (never the core's)")
     bigram_vocab_size: int = opt(512, "rows of BigramHash; 0: off")
@@ -158,7 +170,7 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = opt(0.92, "Muon's first momentum")
     muon_momentum_warmup_frac: float = opt(0.237, "rise of momentum (1,500 of 6,330 steps)", 1e-9)
     muon_momentum_frac: float = opt(0.0158, "most that it averages (100 of 6,330 steps)", 1e-9)
-    muon_wd: float = opt(0.04, "decoupled weight decay of the banks")
+    muon_wd: float = opt(0.2, "cautious weight decay of the banks, times lr scale squared")
     adam_wd: float = opt(0.04, "decoupled weight decay of tables and projections")
     beta1: float = opt(0.9, "AdamW's first decay")
     beta2: float = opt(0.95, "AdamW's second decay")
@@ -196,8 +208,11 @@ class Hyperparameters:
         D, H, G, batch = self.model_dim, self.num_heads, self.num_kv_heads, self.train_batch_tokens
         start, end, ve = self.core_start, self.core_end, self.ve_layer_ids
         differ = len(set(ve)) == len(ve) and all(0 <= i < L for i in ve)
+        cuts = read_schedule(self.seq_len_schedule)
+        cut = f"seq_len_schedule={self.seq_len_schedule}"
+        divide = f"parts divide train_seq_len={T} (0.0:1 cuts nothing)"
         endless = self.iterations is None and self.max_wallclock_seconds is None
-        rule = "starts rise from 0 and are below 1, passes are 1..64"
+        rule = "starts rise from 0 and are below 1"
         require_all(
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
             (Path(self.run_id or "x").name == (self.run_id or "x"), "run_id: no folders, a name"),
@@ -214,7 +229,8 @@ class Hyperparameters:
             (self.eval_stride <= T, f"eval_stride: would skip tokens, use at most {T}"),
             (differ, f"ve_layers={self.ve_layers}: use different layers of 0..{L - 1}, or none"),
             (max(self.beta1, self.beta2) < 1, "beta1, beta2: must be below 1"),
-            (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {rule}"),
+            (1 <= most <= 64, f"passes_schedule={self.passes_schedule}: {rule}, passes are 1..64"),
+            (bool(cuts) and all(T % n == 0 for _, n in cuts), f"{cut}: {rule}, {divide}"),
             ((self.eval_passes or 1) <= 64, "eval_passes: at most 64"),
             (self.eval_passes in (None, 1) or most > 1, "eval_passes: this model has no repeats"),
         )
@@ -237,17 +253,10 @@ class Hyperparameters:
         words = [] if self.ve_layers in ("", "none") else self.ve_layers.split(",")
         return tuple(int(w) if w.strip().isdecimal() else -1 for w in words)
 
-    @cached_property
+    @property
     def schedule(self) -> tuple[tuple[float, int], ...]:
         """(start, passes), ... of the recurrence; () if passes_schedule is wrong."""
-        if self.num_passes:
-            return ((0.0, self.num_passes),)
-        with suppress(ValueError):
-            pairs = [item.split(":") for item in self.passes_schedule.split(",")]
-            starts, passes = [float(start) for start, _ in pairs], [int(n) for _, n in pairs]
-            if starts[0] == 0 and starts == sorted({*starts}) and starts[-1] < 1 <= min(passes):
-                return tuple(zip(starts, passes, strict=True))
-        return ()
+        return ((0.0, self.num_passes),) if self.num_passes else read_schedule(self.passes_schedule)
 
     @property
     def max_passes(self) -> int:
@@ -1168,9 +1177,10 @@ class Optimizer:
             work.wait()
 
     def update_bank(self, bank: str, grad: Tensor, lr_scale: float, momentum: float) -> None:
-        """Muon with Nesterov momentum and decoupled weight decay on this rank's rows of a bank.
+        """Muon with Nesterov momentum on this rank's rows of a bank.
 
-        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first."""
+        MuonEq-R (arXiv 2603.28254) levels the rows of the gradient first. Cautious weight decay
+        (arXiv 2510.12402) leaves a weight alone that the update makes larger."""
         rows = self.flat.shard(self.flat.data, bank, self.runtime)  # (n, rows, cols)
         buffer = self.flat.shard(self.momentum, bank, self.runtime).mul_(momentum).add_(grad)
         grad = F.normalize(grad.add_(buffer, alpha=momentum), dim=-1, eps=1e-7)
@@ -1178,7 +1188,8 @@ class Optimizer:
         update = newton_schulz(grad, dtype)
         shape_scale = math.sqrt(max(1.0, rows.size(-2) / rows.size(-1)))
         lr = self.hp.matrix_lr * lr_scale
-        rows.mul_(1 - lr * self.hp.muon_wd).add_(update, alpha=-lr * shape_scale)
+        rows.sub_(rows * (update * rows > 0), alpha=lr * lr_scale * self.hp.muon_wd)
+        rows.add_(update, alpha=-lr * shape_scale)
 
 
 class WeightAverage:
@@ -1215,6 +1226,7 @@ class StepPlan(NamedTuple):
     """What a step does; a function of its number and of the run's progress alone."""
 
     num_passes: int
+    parts: int  # that each window is cut into
     qat: bool
     swa: bool
     lr_scale: float
@@ -1224,6 +1236,7 @@ class StepPlan(NamedTuple):
 def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     """progress: from 0 to 1, the larger of step / iterations and elapsed / wall-clock cap."""
     passes = [n for start, n in hp.schedule if start <= progress][-1]
+    parts = [n for start, n in read_schedule(hp.seq_len_schedule) if start <= progress][-1]
     lr_scale = min(1.0, max(0.0, 1 - progress) / hp.warmdown_frac)
     warm = min(1.0, progress / hp.muon_momentum_warmup_frac)
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
@@ -1232,7 +1245,13 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     bound = 1 - progress / max(1, step) / hp.muon_momentum_frac
     momentum = min(momentum, max(0.85, bound))
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
-    return StepPlan(passes, qat, swa, lr_scale, momentum)
+    return StepPlan(passes, parts, qat, swa, lr_scale, momentum)
+
+
+def step_kinds(hp: Hyperparameters) -> list[tuple[int, int, bool]]:
+    """The (passes, parts, QAT) of the run's steps, in their order: each needs graphs of its own."""
+    plans = [plan_step(hp, 1, i / 10_000) for i in range(10_000)]
+    return list(dict.fromkeys((plan.num_passes, plan.parts, plan.qat) for plan in plans))
 
 
 def graphs_compiled() -> int:
@@ -1329,21 +1348,25 @@ class Trainer:
         self.floor_index: int | None = None  # of QAT, once it has begun
         self.norm_sent: tuple[Tensor, torch.cuda.Event | None, int] | None = None  # to the host
 
-    def accumulate(self, batch: Tensor, passes: int, floor: Tensor | None) -> Tensor:
-        """Gradients of this rank's sequences (B, T+1); returns sums over them for the log:
-        nats, text bytes, proxy, then growth, update and feedback of each pass, times B."""
-        return self.limit.run(partial(self.accumulate_parts, batch, passes, floor))
+    def accumulate(
+        self, batch: Tensor, passes: int, floor: Tensor | None = None, parts: int = 1
+    ) -> Tensor:
+        """Gradients of this rank's windows (B, T+1), each cut into `parts`; returns sums over them
+        for the log: nats, text bytes, proxy, then growth, update and feedback of each pass, times
+        B. Short sequences first: Li et al. 2022 (arXiv 2108.06084); attention costs less."""
+        return self.limit.run(partial(self.accumulate_some, batch, passes, floor, parts))
 
-    def accumulate_parts(
-        self, batch: Tensor, passes: int, floor: Tensor | None, at_once: int
+    def accumulate_some(
+        self, batch: Tensor, passes: int, floor: Tensor | None, parts: int, at_once: int
     ) -> Tensor:
         hp = self.hp
         self.flat.grad.zero_()
         sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
         for part in near_equal_parts(batch, at_once):
-            ids, targets = part[:, :-1], part[:, 1:]
+            pair = (part[:, :-1], part[:, 1:])
+            ids, targets = (t.reshape(parts * len(part), -1) for t in pair)
             losses, stability = self.model(ids, targets, passes, floor)
-            nats, proxy = losses.sum(), stability.jacobian_proxy.sum()
+            nats, proxy = losses.sum(), stability.jacobian_proxy.sum() / parts
             weighted = hp.jacobian_proxy_weight * proxy / hp.batch_seqs
             (nats / hp.train_batch_tokens + weighted).backward()
             text_bytes = self.data.token_bytes.of(ids, targets).sum()
@@ -1360,14 +1383,13 @@ class Trainer:
         generator = torch.Generator().manual_seed(hp.seed)
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
         optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
-        passes = sorted({n for _, n in hp.schedule})
-        floors = (None, floor) if hp.late_qat_threshold > 0 else (None,)
-        graphs = [(n, floor) for n in passes for floor in floors]
-        steps = max(hp.warmup_steps, len(graphs)) if hp.warmup_steps else 0
+        kinds = step_kinds(hp)
+        steps = max(hp.warmup_steps, len(kinds)) if hp.warmup_steps else 0
         for i in range(steps):
             self.log.progress(f"warm-up: step {i + 1} of {steps}")
             batch = random(self.data.loader.shape).to(runtime.device)
-            self.accumulate(batch, *graphs[i * len(graphs) // steps])
+            passes, parts, qat = kinds[i * len(kinds) // steps]
+            self.accumulate(batch, passes, floor if qat else None, parts)
             optimizer.step(optimizer.reduce(), 1.0, 0.9)
         if steps and runtime.compiles:
             text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
@@ -1375,7 +1397,7 @@ class Trainer:
             rehearsal = Evaluator(hp, data, runtime, Log(None))
             # What fits the memory is found out once.
             rehearsal.scoring, rehearsal.training = evaluator.scoring, evaluator.training
-            rehearsal.run_all(self.model, flat, passes[-1])
+            rehearsal.run_all(self.model, flat, passes)
         flat.data.copy_(kept)
         flat.grad.zero_()
 
@@ -1417,6 +1439,8 @@ class Trainer:
         if before is None or plan.num_passes != before.num_passes:
             self.phase_start = self.step
             self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
+        if before is None or plan.parts != before.parts:
+            self.log.event("seq_len", **at, tokens=self.hp.train_seq_len // plan.parts)
         if plan.swa and not (before and before.swa) and self.average.swa is not None:
             self.log.event("swa", **at)
         if plan.qat and self.floor_index is None:
@@ -1425,7 +1449,8 @@ class Trainer:
             self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
         if plan.qat:
             floor = torch.full((), floor_value(self.floor_index), device=self.runtime.device)
-        sums = self.accumulate(self.data.loader.batch(self.step), plan.num_passes, floor)
+        batch = self.data.loader.batch(self.step)
+        sums = self.accumulate(batch, plan.num_passes, floor, plan.parts)
         norm = self.optimizer.reduce()
         self.optimizer.step(norm, plan.lr_scale, plan.momentum)
         self.average.update(progress, plan.swa)
@@ -1712,6 +1737,7 @@ def read_header(text: bytes) -> Hyperparameters:
     require(isinstance(header, dict) and set(header) == set(names), "its header is another one")
     T = header["train_seq_len"]
     fitted = {"train_batch_tokens": T, "micro_batch_tokens": T, "eval_stride": 1}
+    fitted |= {"seq_len_schedule": "0.0:1"}
     settings = {name.upper(): str(value) for name, value in (header | fitted).items()}
     hp, _ = read_configuration(settings, [])
     require(hp.vocab_size is not None, "its header has no vocabulary")
@@ -2115,7 +2141,7 @@ def adopt(hp: Hyperparameters, stored: Hyperparameters) -> Hyperparameters:
     """The run's settings with the architecture of an artifact; what only training needs, fitted."""
     T = stored.train_seq_len
     fitted = {"train_batch_tokens": T, "micro_batch_tokens": max(T, hp.micro_batch_tokens)}
-    fitted["eval_stride"] = min(T, hp.eval_stride)
+    fitted |= {"eval_stride": min(T, hp.eval_stride), "seq_len_schedule": "0.0:1"}
     fitted["eval_passes"] = hp.eval_passes or stored.eval_passes or stored.max_passes
     return replace(hp, **(stored.architecture() | fitted))
 

@@ -19,8 +19,9 @@ Model FLOPs are counted from the mathematics. A token takes, K passes deep,
     matrices    6 W         W: weights of the matrices that it meets, those of the core K times. A
                             weight multiplies and adds once forward and twice backward
     head        6 V D
-    attention   6 T D A     A: layers that it meets, those of the core K times. q k' and p v take
-                            2 T D each, the causal mask halves them, backward is twice forward
+    attention   6 T D A     T: tokens of a sequence. A: layers that it meets, those of the core K
+                            times. q k' and p v take 2 T D each, the causal mask halves them,
+                            backward is twice forward
 
 so recomputation, fake quantization and the optimizer's products count as time only. Utilization is
 model FLOP/s over the device's dense bfloat16 peak.
@@ -102,7 +103,7 @@ def build(hp: Hyperparameters, runtime: Runtime) -> tuple[Trainer, Evaluator]:
     return trainer, Evaluator(hp, data, runtime, log)
 
 
-def model_flops(hp: Hyperparameters, passes: int) -> dict[str, int]:
+def model_flops(hp: Hyperparameters, passes: int, parts: int) -> dict[str, int]:
     """Model FLOPs of a step by part; the module's docstring says how they are counted."""
     layers = hp.num_layers + (passes - 1) * (hp.core_end - hp.core_start)
     weights = 0
@@ -117,7 +118,7 @@ def model_flops(hp: Hyperparameters, passes: int) -> dict[str, int]:
     of_token = {
         "matrices": 6 * weights,
         "head": 6 * hp.vocab_size * hp.model_dim,
-        "attention": 6 * hp.train_seq_len * hp.model_dim * layers,
+        "attention": 6 * hp.train_seq_len // parts * hp.model_dim * layers,
     }
     return {part: flops * hp.train_batch_tokens for part, flops in of_token.items()}
 
@@ -143,29 +144,24 @@ def lap_seconds(work: Callable[[], Any], count: int, device: torch.device) -> li
     return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
 
 
-def step_kinds(hp: Hyperparameters) -> list[tuple[int, bool]]:
-    """Passes and QAT: each number of passes without it, then the last one with it."""
-    kinds = [(passes, False) for passes in sorted({passes for _, passes in hp.schedule})]
-    if hp.late_qat_threshold > 0:
-        kinds.append((hp.schedule[-1][1], True))
-    return kinds
-
-
 def measure_step(
-    trainer: Trainer, passes: int, qat: bool, count: int, peak_tflops: float | None
+    trainer: Trainer, kind: tuple[int, int, bool], count: int, peak_tflops: float | None
 ) -> dict[str, Any]:
-    """Time and memory of one kind of step, and what follows from them."""
+    """Time and memory of a kind of step (passes, parts, QAT), and what follows from them."""
+    passes, parts, qat = kind
     # A step's plan follows from these. At a progress of 0 the learning rate's scale is 1.
-    trainer.hp = replace(trainer.hp, num_passes=passes, late_qat_threshold=2.0 if qat else 0.0)
+    plan = {"num_passes": passes, "seq_len_schedule": f"0.0:{parts}"}
+    trainer.hp = replace(trainer.hp, **plan, late_qat_threshold=2.0 if qat else 0.0)
     on_gpu = trainer.runtime.device.type == "cuda"
     for _ in range(UNTIMED_STEPS):
         trainer.take_step(0.0)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = lap_seconds(lambda: trainer.take_step(0.0), count, trainer.runtime.device)
-    tflops = sum(model_flops(trainer.model.hp, passes).values()) / 1e12
+    tflops = sum(model_flops(trainer.model.hp, passes, parts).values()) / 1e12
     return {
         "passes": trainer.plan.num_passes,
+        "seq_len": trainer.hp.train_seq_len // trainer.plan.parts,
         "qat": trainer.plan.qat,
         "ms": 1000 * median(seconds),
         "fastest_ms": 1000 * min(seconds),
@@ -248,9 +244,11 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]
         runtime.barrier()
         report["cold_start_seconds"] = time.perf_counter() - since
     report["graphs"] = graphs_compiled()
-    for passes, qat in step_kinds(hp):
-        print(f"timing steps: passes={passes}{' + QAT' * qat}", file=sys.stderr, flush=True)
-        report["steps"].append(measure_step(trainer, passes, qat, args.steps, peak))
+    for kind in train_gpt.step_kinds(hp):
+        print(
+            "timing steps: passes={}, parts={}, qat={}".format(*kind), file=sys.stderr, flush=True
+        )
+        report["steps"].append(measure_step(trainer, kind, args.steps, peak))
     if "profile" not in args.skip:
         report["kernels"] = profile_step(trainer)
     if "evaluation" not in args.skip:
@@ -274,7 +272,8 @@ def step_rows(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         "utilization": ("utilization", ".1%"),
         "peak_memory_mib": ("peak memory, MiB", ",d"),
     }
-    rows = [["", *(f"passes={step['passes']}{' + QAT' * step['qat']}" for step in steps)]]
+    head = "passes={passes}, T={seq_len}"
+    rows = [["", *(head.format(**step) + " + QAT" * step["qat"] for step in steps)]]
     for key, (label, form) in labels.items():
         values = [step[key] for step in steps]
         rows.append([label, *("n/a" if v is None else format(v, form) for v in values)])

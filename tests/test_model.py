@@ -145,7 +145,7 @@ def test_one_pass_is_the_plain_stack(tiny, random_model, changes):
 
 def test_rope_is_stretched_beyond_1024_tokens():
     """The base at 2,048 tokens is 22,082 for 16 dims (NTK scaling)."""
-    cos, sin = rotary_table(Hyperparameters())
+    cos, sin = rotary_table(Hyperparameters(rope_dims=16))
     slowest = torch.atan2(sin[1, 15], cos[1, 15]).item()
     assert slowest == pytest.approx(22_082 ** (-14 / 16), rel=1e-4)
 
@@ -210,8 +210,9 @@ def test_the_start(tiny):
 def test_parameters_are_counted_and_grouped():
     """26,698,335 of the flat predecessor, 2,560 of the feedback, less its third residual scale."""
     hp = Hyperparameters(
-        vocab_size=1024, feedback_mode="diagonal", passes_schedule="0.0:1,0.6:2,0.8:3"
-    )
+        vocab_size=1024, feedback_mode="diagonal", passes_schedule="0.0:1,0.6:2,0.8:3",
+        num_heads=8, num_kv_heads=4,
+    )  # fmt: skip
     with torch.device("meta"):
         named = dict(GPT(hp).named_parameters())
     table, sizes = parameter_table(hp), {name: p.numel() for name, p in named.items()}

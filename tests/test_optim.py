@@ -133,7 +133,9 @@ def muon_reference(w, grads, lr: float, momentum: float, decay: float):
         for _ in range(5):
             x = a * x + b * x**3 + c * x**5
         shape_scale = max(1.0, w.size(0) / w.size(1)) ** 0.5
-        w = w * (1 - lr * decay) - lr * shape_scale * (U * x) @ Vh
+        update = (U * x) @ Vh
+        shrinks = update * w > 0  # cautious weight decay
+        w = w * (1 - lr * decay * shrinks) - lr * shape_scale * update
     return w
 
 
@@ -160,7 +162,7 @@ def test_muon_is_the_textbook_one(tiny, runtime):
     for bank in BANKS:
         for row in (0, -1):
             own = [flat.named(g)[bank][row] for g in grads]
-            expected = muon_reference(flat.named(start)[bank][row], own, 0.05, 0.9, 0.3)
+            expected = muon_reference(flat.named(start)[bank][row], own, 0.05, 0.9, 0.5 * 0.3)
             result = flat.named(flat.data)[bank][row].double()
             torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
@@ -331,9 +333,9 @@ def test_every_kind_of_average_reaches_the_exported_weights(tiny):
 class Observed(Trainer):
     """A trainer that keeps what each step was given, and the weights after it."""
 
-    def accumulate(self, batch, passes, floor):
-        self.inputs.append((passes, floor is not None))
-        return super().accumulate(batch, passes, floor)
+    def accumulate(self, batch, passes, floor=None, parts=1):
+        self.inputs.append((passes, parts, floor is not None))
+        return super().accumulate(batch, passes, floor, parts)
 
     def take_step(self, progress):
         self.progress.append(progress)
@@ -348,8 +350,8 @@ class Idle(Observed):
     def before_step(self):
         pass
 
-    def accumulate(self, batch, passes, floor):
-        self.inputs.append((passes, floor is not None))
+    def accumulate(self, batch, passes, floor=None, parts=1):
+        self.inputs.append((passes, parts, floor is not None))
         self.before_step()
         return torch.ones(3 + 3 * passes)
 
@@ -383,14 +385,15 @@ def finish(one: Trainer, folder=None) -> bool:
 
 
 def test_each_step_follows_the_plan(trainer):
-    """Passes and QAT as planned, and the log says what ran."""
+    """Passes, cuts and QAT as planned, and the log says what ran."""
     one = trainer(iterations=20, weight_average="none")
     assert finish(one) is False
     plan = [plan_step(one.hp, s, s / 20) for s in range(20)]
-    assert one.inputs == [(p.num_passes, p.qat) for p in plan]
+    assert one.inputs == [(p.num_passes, p.parts, p.qat) for p in plan]
     assert {p.qat for p in plan} == {False, True}
     counts = [len(one.log.of(name)) for name in ("progressive_passes", "late_qat", "stop")]
     assert counts == [3, 1, 1]
+    assert [line["tokens"] for line in one.log.of("seq_len")] == [8, 16, 32]
     logged = [pairs for pairs in one.log.of("") if "train_loss" in pairs]
     assert [pairs["step"] for pairs in logged] == [f"{s}/20" for s in (1, 4, 8, 10, 12, 16, 20)]
     scales = [pairs["residual_scale"] for pairs in one.log.of("passes")]
@@ -433,6 +436,25 @@ def test_gradients_are_of_the_mean_loss_and_proxy_however_the_batch_is_cut(train
         torch.testing.assert_close(ratios, torch.stack(stability[1:]), rtol=1e-4, atol=1e-5)
 
 
+def test_a_cut_window_is_a_batch_of_short_sequences(trainer, random_model):
+    """Gradients and sums are those of each quarter by itself; a quarter sees nothing before it."""
+    one = trainer(jacobian_proxy_weight=3.0)
+    model = random_model(one.hp)
+    one.model.load_state_dict(model.state_dict())
+    batch, total, proxy = one.data.loader.batch(0), 0.0, 0.0
+    sums = one.accumulate(batch, 2, parts=4)
+    for start in range(0, 32, 8):
+        window = batch[:, start : start + 9]
+        losses, stability = model(window[:, :-1], window[:, 1:], 2)
+        total, proxy = total + losses.sum(), proxy + stability.jacobian_proxy.sum() / 4
+    (total / batch[:, 1:].numel() + 3.0 * proxy / len(batch)).backward()
+    for name, p in one.model.named_parameters():
+        expected = model.get_parameter(name).grad
+        assert (p.grad - expected).norm() < 1e-4 * expected.norm() + 1e-7, name
+    assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
+    assert sums[2].item() == pytest.approx(proxy.item(), rel=1e-4)
+
+
 def expected_average(kind: str, hp, weights: list) -> torch.Tensor:
     """The average of the weights after each step, in float64, by its definition."""
     n = len(weights)
@@ -466,11 +488,11 @@ def test_the_average_is_what_training_leaves_to_export(trainer, kind):
 
 @pytest.mark.parametrize("schedule", ["0.0:1,0.626:2,0.813:3", "0.0:3,0.97:1", "0.0:1,0.9995:2"])
 def test_the_warm_up_runs_every_graph_of_a_run(trainer, schedule):
-    """No step of a run of any length needs a (passes, QAT) that the warm-up did not run."""
+    """No step of a run of any length is of a kind that the warm-up did not run."""
     one = trainer(Idle, passes_schedule=schedule, warmup_steps=1)
     one.warm_up(evaluator_of(one))
     plans = [plan_step(one.hp, s, s / n) for n in (7, 60, 1000, 6330) for s in range(n)]
-    assert {(plan.num_passes, plan.qat) for plan in plans} <= set(one.inputs)
+    assert {(plan.num_passes, plan.parts, plan.qat) for plan in plans} == set(one.inputs)
 
 
 def test_validation_and_warm_up_change_nothing(trainer):
