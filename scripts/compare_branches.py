@@ -7,7 +7,8 @@ One run is trained up to --at of its progress. From its weights, moments, averag
 data every branch goes on for the rest of the time: first the run as it is, then each --branch with
 the settings that it names. So the trunk is paid once and its luck is shared: differences are
 clearer than between whole runs. `--branch ""` repeats the run itself, which shows what is noise.
-All other arguments are the trainer's settings.
+With `--at 0` there is no trunk: whole runs, one after the other, which share a process and its
+graphs, and may differ in everything. All other arguments are the trainer's settings.
 
 A parameter that the trunk has not moved (the residual scales and the feedback, while there is one
 pass) begins as the branch's settings say; so does one that the trunk does not have. Graphs are
@@ -40,10 +41,11 @@ import torch
 from inspect_logs import markdown_table, plain_table, run_command
 from torch import Tensor
 
+PROCESS = ("dtype", "compile")  # one choice for all branches
 # What the trunk has used up, or what the trunk's weights depend on.
 SHARED = (
     *("seed", "data_path", "tokenizer_path", "vocab_size", "train_batch_tokens", "train_seq_len"),
-    *("shuffle", "iterations", "max_wallclock_seconds", "dtype", "compile"),
+    *("shuffle", "iterations", "max_wallclock_seconds"),
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -65,16 +67,16 @@ def read_run(argv: Sequence[str]) -> Hyperparameters:
     return replace(hp, warmup_steps=1, checkpoint_seconds=None, **unused)
 
 
-def read_branch(text: str, hp: Hyperparameters) -> Hyperparameters:
+def read_branch(text: str, hp: Hyperparameters, fixed: Sequence[str]) -> Hyperparameters:
     """The run's settings with those of a text such as `num_passes=1 muon_wd=0.02`.
 
-    Raises UserError.
+    fixed: the settings that a branch cannot change. Raises UserError.
     """
     settings = {f.name: str(getattr(hp, f.name)) for f in fields(hp)}
     for word in text.split():
         name, _, value = word.partition("=")
         require(name in settings, f"--branch {text!r}: there is no setting {name}: see --help")
-        require(name not in SHARED, f"--branch {text!r}: {name} belongs to the trunk, set it there")
+        require(name not in fixed, f"--branch {text!r}: {name} is shared by all: set it outside")
         settings[name] = value
     try:
         variables = {name.upper(): value for name, value in settings.items()}
@@ -170,26 +172,33 @@ def finish(settings: str, trainer: Trainer, evaluator: Evaluator, folder: Path) 
 def compare(
     hp: Hyperparameters, branches: Sequence[tuple[str, Hyperparameters]], at: float, folder: Path
 ) -> Iterator[Row]:
-    """Trains the trunk, then yields what comes of each branch. Raises UserError."""
+    """Trains the trunk, if there is one, then yields what comes of each branch.
+
+    Raises UserError.
+    """
     runtime = train_gpt.Runtime.start(hp)
     hp, data = train_gpt.open_data(hp, runtime)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}: name a folder to make") from None
-    trunk, evaluator = prepare(hp, data, runtime, folder / "trunk.txt")
-    weights = trunk.flat.named(trunk.flat.data)
-    start = {name: w.clone() for name, w in weights.items()}
-    trunk.train(evaluator, folder, until=at)
-    moved = {name for name, w in weights.items() if not w.equal(start[name])}
+    trunk, moved = None, set()
+    if at > 0:
+        trunk, evaluator = prepare(hp, data, runtime, folder / "trunk.txt")
+        weights = trunk.flat.named(trunk.flat.data)
+        start = {name: w.clone() for name, w in weights.items()}
+        trunk.train(evaluator, folder, until=at)
+        moved = {name for name, w in weights.items() if not w.equal(start[name])}
     for number, (text, branch) in enumerate(branches):
         settings = " ".join(text.split()) or "run"
         name = re.sub(r"[^-.,=0-9A-Za-z_]+", "_", settings)[:80]
-        branch = replace(branch, vocab_size=hp.vocab_size)
         path = folder / f"{number}_{name}.txt"
+        branch, data = train_gpt.open_data(branch, runtime)
         trainer, evaluator = prepare(branch, data, runtime, path)
-        continue_from(trunk, moved, trainer)
+        if trunk is not None:
+            continue_from(trunk, moved, trainer)
         yield finish(settings, trainer, evaluator, folder)
+        del trainer, evaluator  # their memory is free before the next ones are built
 
 
 def table(rows: Sequence[Row], markdown: bool) -> str:
@@ -213,16 +222,17 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("--branch", action="append", default=[], metavar="SETTINGS", help="name=value ...")
-    add("--at", type=float, default=0.626, help="progress at which branches begin [0.626]")
+    add("--at", type=float, default=0.6, help="progress at which branches begin [0.6]")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make, for the logs")
     add("--format", choices=("plain", "markdown"), default="plain")
     args, settings = parser.parse_known_args(argv)
     rows: list[Row] = []
     try:
         require(os.environ.get("WORLD_SIZE", "1") == "1", "start one process, without torchrun")
-        require(0 < args.at < 1, f"--at {args.at}: must be between 0 and 1")
+        require(0 <= args.at < 1, f"--at {args.at}: must be at least 0 and below 1")
         hp = read_run(settings)
-        branches = [(text, read_branch(text, hp)) for text in ("", *args.branch)]
+        fixed = (*PROCESS, *SHARED) if args.at else PROCESS
+        branches = [(text, read_branch(text, hp, fixed)) for text in ("", *args.branch)]
         for row in compare(hp, branches, args.at, args.output):
             rows.append(row)
     except (UserError, FloatingPointError) as error:

@@ -147,6 +147,20 @@ def test_a_branch_goes_on_as_if_never_cut(branches, tmp_path, capsys, runtime):
     assert "config name:num_passes value:1 " in log
 
 
+def test_without_a_trunk_branches_are_whole_runs(branches, tmp_path, capsys, runtime):
+    other = "seed=7 train_seq_len=16 train_batch_tokens=64 mlp_mult=1"
+    assert branches("--at", "0", "--branch", other, "--format", "markdown") == 0
+    rows = table_rows(capsys.readouterr().out)
+    settings = [f"--{word.replace('_', '-')}" for word in other.split()]
+    for argv, row in (([], "run"), (settings, other)):
+        hp, data = train_gpt.open_data(compare_branches.read_run(argv), runtime)
+        log = tmp_path / f"{row[:4]}.txt"
+        trainer, evaluator = compare_branches.prepare(hp, data, runtime, log)
+        trainer.train(evaluator, tmp_path)
+        whole, int6 = compare_branches.score(trainer, evaluator)
+        assert [rows[row][1], rows[row][3]] == [f"{whole:.5f}", f"{int6:.5f}"]
+
+
 def test_a_branch_takes_over_what_the_trunk_has_moved(tiny, corpus, runtime):
     """The branch has another table of parameters, so that AdamW's moments lie elsewhere."""
 
@@ -196,11 +210,11 @@ def test_a_signal_ends_the_comparison_and_keeps_what_is_done(branches, monkeypat
 
 def test_branches_say_what_is_wrong(branches, tmp_path, capsys):
     for arguments, text in (
-        (["--branch", "seed=1"], "seed belongs to the trunk"),
+        (["--branch", "seed=1"], "seed is shared by all"),
         (["--branch", "no_setting=1"], "there is no setting no_setting"),
         (["--branch", "num_passes=x"], "--branch 'num_passes=x': num_passes=x"),
         (["--branch", "num_passes=65"], "passes are 1..64"),
-        (["--at", "1"], "must be between 0 and 1"),
+        (["--at", "1"], "must be at least 0 and below 1"),
         (["--data-path", str(tmp_path)], "holds no fineweb_train"),
     ):
         assert branches(*arguments) == 2
@@ -210,4 +224,6 @@ def test_branches_say_what_is_wrong(branches, tmp_path, capsys):
     assert branches() == 2
     assert "name a folder to make" in capsys.readouterr().err
     replaced = replace(compare_branches.read_run([]), num_passes=2)
-    assert compare_branches.read_branch("num_passes=2", compare_branches.read_run([])) == replaced
+    assert (
+        compare_branches.read_branch("num_passes=2", compare_branches.read_run([]), ()) == replaced
+    )
