@@ -19,7 +19,7 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0  # between two updates of a progress b
 
 
 def run_command(work: Callable[[], None], kept: str) -> int:
-    """Does `work`; returns the exit code, after one line on stderr for whatever went wrong.
+    """Does `work`; returns the exit code, 2 after an error, of which one line on stderr tells.
 
     `kept` says in that line what a failure has left behind.
     """
@@ -36,10 +36,10 @@ def run_command(work: Callable[[], None], kept: str) -> int:
         return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except OSError as error:
-        print(f"error: {error}: {kept}", file=sys.stderr)
-        return 1
+        print(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", file=sys.stderr)
+        return 2
     return 0
 
 

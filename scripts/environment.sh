@@ -7,11 +7,12 @@ fail() { echo "error: $*" >&2; exit 2; }
 use_venv() {
   if [ ! -f .venv/complete ]; then
     local candidate found=""
-    for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
+    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
       "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
         2>/dev/null && found=$candidate && break
     done
-    [ -n "$found" ] || fail "no Python 3.11 to 3.13 found: install one, or set PYTHON to its path"
+    [ -n "$found" ] || fail "${PYTHON:-none of the installed} is no Python 3.11 to 3.13:" \
+      "install one, or set PYTHON to its path"
     echo "making .venv with $("$found" --version)"
     "$found" -m venv --clear .venv
     touch .venv/complete

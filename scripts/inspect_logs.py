@@ -813,6 +813,11 @@ def leave(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
+def in_words(error: OSError) -> str:
+    """The file and what is wrong with it."""
+    return f"{error.filename or 'output'}: {error.strerror or error}"
+
+
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a script's `main` and exits with its code, on any terminal and into any pipe."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -828,7 +833,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         code = 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

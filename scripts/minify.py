@@ -222,8 +222,11 @@ def write(path: Path, data: bytes) -> None:
     """Replaces the file at `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -256,8 +259,11 @@ def main(argv: Sequence[str]) -> int:
     except (SyntaxError, UnicodeDecodeError) as error:
         print(f"error: {source} is no Python in UTF-8: {error}", file=sys.stderr)
         return 2
-    except (OSError, Difference) as error:
+    except Difference as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

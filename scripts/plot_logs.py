@@ -438,7 +438,7 @@ def main(argv: Sequence[str]) -> int:
     except ImportError:
         print("error: plots need matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
-    except (LogError, OSError) as error:
+    except LogError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in written:

@@ -733,7 +733,8 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise  # run_command's
     except (RecordError, LogError, OSError) as error:
-        print("error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
+        text = logs.in_words(error) if isinstance(error, OSError) else str(error)
+        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr)
         return 2
     return 0
 

@@ -324,14 +324,14 @@ if documents.zstd:
 def test_refuses_bad_input_and_leaves_nothing(prepare, tmp_path, capsys, case):
     name, data, message = BAD_INPUTS[case]
     (tmp_path / name).write_bytes(data)
-    assert prepare(tmp_path / name) == 1
+    assert prepare(tmp_path / name) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_text_that_is_all_held_out_is_told_before_a_tokenizer_is_trained(prepare, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one and the same text")
-    assert prepare(tmp_path / "a.txt", "--val-input", tmp_path / "a.txt") == 1
+    assert prepare(tmp_path / "a.txt", "--val-input", tmp_path / "a.txt") == 2
     assert "equals a validation document" in capsys.readouterr().err
 
 
@@ -354,7 +354,7 @@ def test_refuses_bad_arguments_and_tokenizers(prepare, tmp_path, tokenizers, cap
 
     def refuses(message, *arguments):
         before = sorted(tmp_path.iterdir())
-        assert prepare(*arguments) == 1
+        assert prepare(*arguments) == 2
         assert message in capsys.readouterr().err
         assert sorted(tmp_path.iterdir()) == before
 
@@ -400,20 +400,20 @@ def test_replaces_a_folder_only_when_told(prepare, tmp_path, capsys):
     changed = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     assert prepare(path) == 0  # the same again: nothing to do
     assert changed == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    assert prepare(path, "--seed", 5) == 1
+    assert prepare(path, "--seed", 5) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert contents(tmp_path / "out") == made
     assert prepare(path, "--seed", 5, "--overwrite") == 0
     assert contents(tmp_path / "out").keys() == made.keys()
     assert contents(tmp_path / "out") != made
     (tmp_path / "out" / "manifest.json").write_bytes(b"[" * 200_000)
-    assert prepare(path, "--seed", 5) == 1
+    assert prepare(path, "--seed", 5) == 2
     (tmp_path / "out" / "notes.doc").write_text("mine")
-    assert prepare(path, "--seed", 5, "--overwrite") == 1
+    assert prepare(path, "--seed", 5, "--overwrite") == 2
     assert "notes.doc" in capsys.readouterr().err
     (tmp_path / "file").write_text("mine")
-    assert prepare(path, output="file") == 1
-    assert prepare(path, output="file/below") == 1
+    assert prepare(path, output="file") == 2
+    assert prepare(path, output="file/below") == 2
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -433,7 +433,7 @@ def test_output_is_followed_through_links_and_checked_before_the_work(
         raise AssertionError("the work has begun")
 
     monkeypatch.setattr(prepare_text.Preparation, "run", no_work)
-    assert prepare(path, output="dangling") == 1
+    assert prepare(path, output="dangling") == 2
     assert "does not exist" in capsys.readouterr().err
     mount, rename = tmp_path / "mount", Path.rename
     mount.mkdir()
@@ -444,7 +444,7 @@ def test_output_is_followed_through_links_and_checked_before_the_work(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", busy)
-    assert prepare(path, output="mount") == 1
+    assert prepare(path, output="mount") == 2
     assert "mount point" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*partial*"))
 
@@ -608,14 +608,14 @@ def test_inspect_says_what_is_there_and_what_is_wrong(prepare, tmp_path, tokeniz
     said, documents = capsys.readouterr().out, splits["val"]["documents"]
     assert f"overlap: {documents} of {documents} validation documents are training" in said
     assert "(100.000%)" in said
-    assert inspect_data.main(["--tokenizer", str(tokenizers / "field"), *inspect]) == 1
+    assert inspect_data.main(["--tokenizer", str(tokenizers / "field"), *inspect]) == 2
     assert "which" in capsys.readouterr().err
     bad = write_shard(out / "fineweb_train_000001.bin", [399, 400])
-    assert inspect_data.main(inspect) == 1
+    assert inspect_data.main(inspect) == 2
     assert "holds token 400" in capsys.readouterr().err
     bad.write_bytes(bad.read_bytes()[:-1])
     (out / "fineweb_train_000000.bin").write_bytes(b"")
-    assert inspect_data.main(inspect) == 1
+    assert inspect_data.main(inspect) == 2
     error = capsys.readouterr().err
     assert "fineweb_train_000000.bin" in error
     assert "fineweb_train_000001.bin" in error

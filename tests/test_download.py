@@ -187,7 +187,7 @@ def test_gets_what_was_asked_for_and_then_only_what_is_missing(server, download,
 def test_a_corrupted_shard_is_fetched_again_or_never_shown(server, download, tmp_path, capsys):
     name = f"{FOLDER}/fineweb_train_000001.bin"
     server.corrupt[f"datasets/{name}"] = 99
-    assert download("--train-shards", "3") == 1
+    assert download("--train-shards", "3") == 2
     assert f"{name} arrived broken" in capsys.readouterr().err
     assert name not in local_files(tmp_path)
     server.corrupt[f"datasets/{name}"] = 1
@@ -207,7 +207,7 @@ def test_verify_replaces_what_changed_on_disk(server, download, tmp_path):
 
 def test_token_opens_a_private_repository(server, download, monkeypatch, capsys):
     server.token = "hf_secret"
-    assert download("--train-shards", "1") == 1
+    assert download("--train-shards", "1") == 2
     assert "HF_TOKEN" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert download("--train-shards", "1") == 0
@@ -221,7 +221,7 @@ def change_manifest(server, change):
 
 def test_says_what_is_wrong(server, download, tmp_path, monkeypatch, capsys):
     def fails(word, *flags, **options):
-        assert download("--train-shards", "1", *flags, **options) == 1
+        assert download("--train-shards", "1", *flags, **options) == 2
         assert word in capsys.readouterr().err
         assert local_files(tmp_path).keys() <= {"manifest.json"}
 
@@ -251,16 +251,16 @@ def test_refuses_a_changed_export_a_full_disk_and_a_shard_that_is_none(
         usage = type("Usage", (), {"free": 300 << 20})
         patch.setattr(download_fineweb.shutil, "disk_usage", lambda _: usage)
         patch.setattr(download_fineweb, "FREE_BYTES_KEPT", 300 << 20)
-        assert download("--train-shards", "1") == 1
+        assert download("--train-shards", "1") == 2
         assert "GB free" in capsys.readouterr().err
     assert download("--train-shards", "1") == 0
     change_manifest(server, lambda m: m["datasets"][0]["stats"].update(files_train=4))
-    assert download("--train-shards", "2") == 1
+    assert download("--train-shards", "2") == 2
     assert "must not mix" in capsys.readouterr().err
     assert local_files(tmp_path).keys() == expected(server, 1).keys()
     server.files = export_files()
     name = f"{FOLDER}/fineweb_train_000001.bin"
     server.files[f"datasets/{name}"] = b"not a shard" * 1000
-    assert download("--train-shards", "2") == 1
+    assert download("--train-shards", "2") == 2
     assert "instead of [20240520" in capsys.readouterr().err
     assert name not in local_files(tmp_path)

@@ -149,7 +149,7 @@ def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path, capsys):
     assert "there is no text for name" in refusal(name=" ")
     assert "has more than a line" in refusal(name="a\nb")
     assert "or is no UTF-8" in refusal(name="a \udce9")
-    assert "x.md" in refusal("--notes", str(tmp_path / "x.md"))
+    assert refusal("--notes", str(tmp_path / "x.md")).endswith("x.md: No such file or directory\n")
     (tmp_path / "x.md").write_bytes(b"\xe9")
     assert "is no text in UTF-8" in refusal("--notes", str(tmp_path / "x.md"))
     (source / "train_seed2.log").write_text(complete_log(2).replace("fingerprint:00ff", "x:1"))
