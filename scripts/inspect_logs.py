@@ -357,8 +357,11 @@ def find_missing(run: Run) -> Iterator[str]:
         yield "the number of passes (progressive_passes)"
     if not any("train_loss" in line.event.pairs for line in run.step_lines):
         yield "lines of training steps"
-    if run.last("stop").step is None:
+    stop = run.last("stop")
+    if stop.step is None:
         yield "the end of training (stop)"
+    if stop.pairs.get("interrupted") == "1":
+        yield f"the rest of training, which a signal ended at step {stop.step}"
     yield from (
         f"the {s} score ({SCORES[s]})" for s in run.expected_scores() if s not in run.scores
     )

@@ -18,8 +18,9 @@
 #   -- FLAGS            flags of train_gpt.py
 #
 # The script is minified first, and that file is what runs. A seed whose log is in DIR is not run
-# again, so the same command after an interruption goes on at the first missing seed; what an
-# interrupted run had logged is moved to DIR/interrupted. Other settings are environment variables.
+# again, so the same command after an interruption goes on at the first missing seed: from its last
+# checkpoint, if CHECKPOINT_SECONDS or ON_SIGNAL=checkpoint had it write one, else from its start;
+# what it had logged is then moved to DIR/interrupted. Other settings are environment variables.
 # SIGTERM, SIGHUP and SIGINT end the run that was started. To outlive the terminal:
 #   setsid nohup bash scripts/run_seeds.sh >seeds.txt 2>&1 &
 set -euo pipefail
@@ -80,7 +81,7 @@ end() {
     trap '' INT TERM HUP
     [ -z "$child" ] || kill "$child" 2>/dev/null
     wait
-    echo "stopped: the same command goes on, with RESUME=1 from a checkpoint if there is one" >&2
+    echo "stopped: the same command goes on, from the seed's last checkpoint if there is one" >&2
     exit "$1"
 }
 trap 'end 130' INT
@@ -95,8 +96,10 @@ if [ -n "$given" ]; then
 else
     "$python" scripts/minify.py -o "$new" ${minify_flags[@]+"${minify_flags[@]}"}
 fi
-if compgen -G "$output/train_seed*.log" >/dev/null && ! cmp -s "$new" "$script"; then
-    fail "$output has logs of another train_gpt.py: choose another --output, or move them away"
+# begun: whether the folder has a run that this command would keep or go on with.
+begun() { compgen -G "$output/train_seed*.log" || compgen -G "$output/running/*/step_*.pt"; } >/dev/null
+if begun && ! cmp -s "$new" "$script"; then
+    fail "$output has runs of another train_gpt.py: choose another --output, or move them away"
 fi
 mv "$new" "$script"
 rmdir "$output/new"
@@ -110,7 +113,7 @@ sys.path.insert(0, ".")
 import train_gpt
 own = {"seed", "run_id", "output_dir"}
 try:
-    hp, sources = train_gpt.read_configuration(os.environ, sys.argv[1:])
+    hp, sources = train_gpt.read_configuration({"RUN_ID": "a seed's", **os.environ}, sys.argv[1:])
     given = {name: source for name, source in sources.items() if source != "default"}
     for name in own & given.keys():
         train_gpt.require(given[name] != "flag", f"{name} is set by run_seeds.sh: leave it out")
@@ -120,8 +123,8 @@ free = own | {"resume", "checkpoint_seconds", "on_signal"}
 print("\n".join(f"{name}={getattr(hp, name)}" for name in given if name not in free))
 PYTHON
 ) || exit 2
-if compgen -G "$output/train_seed*.log" >/dev/null && [ -e "$output/settings" ]; then
-    [ "$settings" = "$(cat "$output/settings")" ] || fail "$output has logs of other settings:" \
+if begun && [ -e "$output/settings" ]; then
+    [ "$settings" = "$(cat "$output/settings")" ] || fail "$output has runs of other settings:" \
         "$(diff "$output/settings" - <<<"$settings" | grep '^[<>]' | tr '\n' ' '): choose another --output"
 fi
 echo "$settings" >"$output/settings"
@@ -129,6 +132,8 @@ echo "$settings" >"$output/settings"
 if [ -z "$nproc" ]; then
     nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
+launch=()
+[ "$nproc" = 1 ] || launch=(-m torch.distributed.run --standalone --nproc_per_node="$nproc")
 for seed in $seeds; do
     left=$output/train_seed$seed.int6.xz
     [ ! -e "$left" ] || [ -e "${left%.int6.xz}.log" ] ||
@@ -141,7 +146,6 @@ finish() {
         rm -rf "$output/running/$1.checkpoints" &&
         mv "$output/running/$1.txt" "$output/$1.log" # last: the log says that the seed is done
 }
-[[ " $* " != *" --resume "* ]] || RESUME=1
 for seed in $seeds; do
     run=train_seed$seed
     if [ -e "$output/$run.log" ]; then
@@ -152,11 +156,16 @@ for seed in $seeds; do
         echo "seed $seed: finished by itself, kept $output/$run.log"
         continue
     fi
-    if [ -e "$output/running/$run.txt" ] && [ -z "${RESUME:-}" ]; then
-        # The trainer holds a lock on its log: one may have outlived a killed run_seeds.sh.
-        if command -v flock >/dev/null && ! flock -n "$output/running/$run.txt" true; then
-            fail "seed $seed: a process still writes $output/running/$run.txt: wait for its end"
-        fi
+    # The trainer holds a lock on its log: one may have outlived a killed run_seeds.sh.
+    if [ -e "$output/running/$run.txt" ] && command -v flock >/dev/null &&
+        ! flock -n "$output/running/$run.txt" true; then
+        fail "seed $seed: a process still writes $output/running/$run.txt: wait for its end"
+    fi
+    resume=0
+    if [ ! -e "$output/running/$run.int6.xz" ] &&
+        compgen -G "$output/running/$run.checkpoints/step_*.pt" >/dev/null; then
+        resume=1
+    elif [ -e "$output/running/$run.txt" ]; then
         mkdir -p "$output/interrupted"
         kept=$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$
         for old in "$output/running/$run".*; do # the log, checkpoints, perhaps an artifact
@@ -167,8 +176,8 @@ for seed in $seeds; do
     # In the background, so that a signal to this script reaches it at once; in a group of its own
     # (set -m), so that Ctrl-C does not reach the run a second time.
     set -m
-    SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running "$python" -m torch.distributed.run \
-        --standalone --nproc_per_node="$nproc" "$script" "$@" &
+    SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running RESUME=$resume \
+        "$python" ${launch[@]+"${launch[@]}"} "$script" "$@" &
     child=$!
     set +m
     wait "$child" || {

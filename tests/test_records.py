@@ -419,7 +419,7 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     assert record.main(["check", str(folder), "--rerun", "--env", str(env_file)]) == 0
     assert f"rerun: val_bpb {found['val_bpb']:.8f} on" in capsys.readouterr().out
     printed, _ = run_seeds(env_file, output, *options, "--", "--matrix-lr", "0.5").communicate()
-    assert "has logs of other settings: <  > --matrix-lr 0.5" in printed
+    assert "has runs of other settings: <  > --matrix-lr 0.5" in printed
     (output / "train_seed1337.log").rename(output / "running" / "train_seed1337.txt")
     (output / "train_seed1337.int6.xz").rename(output / "running" / "train_seed1337.int6.xz")
     (output / "running" / "train_seed1337.checkpoints").mkdir()
@@ -430,6 +430,32 @@ def test_from_seeds_to_a_record(env_file, tmp_path, capsys):
     (output / "train_seed1337.log").rename(output / "gone")
     printed, _ = run_seeds(env_file, output, *options).communicate()
     assert "train_seed1337.int6.xz is there without its log" in printed
+
+
+def test_an_interrupted_seed_goes_on_or_runs_again(env_file, tmp_path):
+    """From its checkpoint; without one the half run, which was exported, is kept aside."""
+    output, log = tmp_path / "seeds", tmp_path / "seeds" / "running" / "train_seed7.txt"
+    flags = ["--on-signal", "checkpoint", "--iterations", "300", "--train-log-every", "10"]
+    options = ["--script", str(ROOT / "train_gpt.py"), "--seeds", "7", "--", *flags]
+    with time_limit(60):
+        process = run_seeds(env_file, output, *options)
+        while not (log.exists() and "\nstep:20/" in log.read_text()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert "from the seed's last checkpoint" in process.communicate()[0]
+        assert process.returncode == 130
+        printed, _ = run_seeds(env_file, output, *options).communicate()
+    assert "\nresume step:" in printed
+    done = output / "train_seed7.log"
+    whole = done.read_text()
+    assert "stop step:300 " in whole
+    log.write_text(whole.replace("interrupted:0", "interrupted:1"))
+    done.unlink()
+    (output / "train_seed7.int6.xz").rename(log.with_name("train_seed7.int6.xz"))
+    printed, _ = run_seeds(env_file, output, *options).communicate()
+    assert "finished by itself" not in printed
+    assert {path.suffix for path in (output / "interrupted").iterdir()} == {".txt", ".xz"}
+    assert "\nresume step:" not in done.read_text()
 
 
 def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
@@ -450,7 +476,7 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
     (tmp_path / "train_seed1.log").write_text("of another script")
     (tmp_path / "train_gpt.py").write_text("pass")
     printed, _ = run_seeds(env_file, tmp_path, "--seeds", "2", "--script", __file__).communicate()
-    assert "logs of another train_gpt.py" in printed
+    assert "runs of another train_gpt.py" in printed
     assert (tmp_path / "train_gpt.py").read_text() == "pass"
     with subprocess.Popen(["bash", "-c", "read -r # run_seeds.sh"], stdin=subprocess.PIPE) as other:
         (tmp_path / "running.pid").write_text(str(other.pid))
@@ -483,16 +509,14 @@ def ended(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_terminals_signal_does_not_reach_the_run_twice(number, env_file, tmp_path):
-    """Ctrl-C and a hangup go to a whole group; torchrun is not in it, and is told by the script."""
+    """Ctrl-C and a hangup go to a whole group; the run is not in it, and is told by the script."""
     script, started = tmp_path / "mine.py", tmp_path / "pid"
     script.write_text(SLEEPER.format(path=str(started)))
     options = ("--seeds", "1", "--script", str(script))
     with time_limit(40):
         process = run_seeds(env_file, tmp_path / "out", *options, start_new_session=True)
         pid = wait_for(started)
-        status = Path(f"/proc/{pid}/status").read_text()
-        torchrun = int(status.split("PPid:")[1].split()[0])
-        assert os.getpgid(torchrun) != os.getpgid(process.pid)
+        assert os.getpgid(pid) != os.getpgid(process.pid)
         os.killpg(process.pid, number)
         process.communicate()
         assert ended(pid)
