@@ -8,8 +8,9 @@ import io
 import lzma
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -98,13 +99,14 @@ class TextFiles:
     """The documents of `paths`, in order, read as a stream. Iterating raises UserError.
 
     A plain file is one document, or several between `separator`s; a line of JSON is one, its text
-    in the field `text_key`.
+    in the field `text_key`. Some lines without it are left out, many are an error.
     """
 
     paths: list[Path]
     text_key: str = "text"
     separator: str | None = None
     stdin_format: str = "plain"
+    left_out: Counter[str] = field(default_factory=Counter)  # lines, by the reason
 
     def identity(self) -> list[Any] | None:
         """What tells these inputs from changed ones; None if nothing can."""
@@ -161,20 +163,33 @@ class TextFiles:
         yield rest
 
     def json_documents(self, stream: TextIO, where: str) -> Iterator[str]:
-        number = 0
+        number, good, bad, first = 0, 0, 0, None
         while line := stream.readline(MAX_LINE_CHARS):
             number += 1
             place = f"{where}, line {number}"
             require(len(line) < MAX_LINE_CHARS, f"{place}: is too long for a line of JSON")
             if not line.strip():
                 continue
-            record = parse_json(line.removeprefix("\ufeff"), place)
-            text = record.get(self.text_key) if isinstance(record, dict) else None
-            require(
-                isinstance(text, str),
-                f"{place}: has no text in a field {self.text_key!r}: name it with --text-key",
-            )
+            try:
+                text = self.text_of(parse_json(line.removeprefix("\ufeff"), place), place)
+            except UserError as error:
+                bad, first = bad + 1, first or error
+                if bad > 10 + good // 10:
+                    raise first from None
+                self.left_out[f"no JSON with a text in {self.text_key!r}"] += 1
+                continue
+            good += 1
             yield text
+        if bad and not good:
+            raise first
+
+    def text_of(self, record: Any, place: str) -> str:
+        """Raises UserError."""
+        require(isinstance(record, dict), f"{place}: is no JSON object, which has fields")
+        text, names = record.get(self.text_key), list(record)[:5]
+        remedy = f"name it with --text-key; it has {', '.join(names) or 'none'}"
+        require(isinstance(text, str), f"{place}: has no text in {self.text_key!r}: {remedy}")
+        return text
 
 
 def enough_documents(texts: Iterable[str]) -> Iterator[str]:

@@ -184,7 +184,8 @@ class Preparation:
         size, rule = self.args.vocab_size, self.args.normalization
         rare = rare_characters(self.characters, size)
         if rare:
-            note(f"note: {len(rare):,} rare characters are left to bytes: --vocab-size {size}")
+            text = f"{size:,} pieces have no room for {len(rare):,} rare characters"
+            note(f"note: {text}, which become bytes: a larger --vocab-size keeps more")
         sample = corpus.sample(is_val, TOKENIZER_SAMPLE_BYTES)
         note(f"training a tokenizer of {size:,} pieces")
         texts = (text.translate(rare) for text in sample) if rare else sample
@@ -258,6 +259,8 @@ class Preparation:
         val = self.encode("val", val_corpus.validation(is_val), val_bytes)
         found -= self.left_out["its tokens decode to another text"]
         self.left_out["equals a validation document"] = found - train.documents - val.documents
+        for source in (inputs, held_out):
+            self.left_out.update(getattr(source, "left_out", {}))
         top = np.argsort(-self.lost_characters, kind="stable")[:20]
         lost = {f"U+{c:04X}": int(self.lost_characters[c]) for c in top}
         return {

@@ -292,6 +292,16 @@ def test_one_document_never_ends_a_corpus(prepare, tmp_path, tokenizers, monkeyp
     assert capsys.readouterr().out.count("left out: 1 documents") == 3
 
 
+def test_a_few_broken_records_are_left_out_and_counted(prepare, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "in.jsonl", make_documents(40))
+    lines = path.read_text().splitlines(keepends=True)
+    odd = ['{"text": "cut\n', "[1, 2]\n", '{"text": null}\n', '{"body": "a"}\n', "NaN\n"]
+    path.write_text("".join([odd[0], *lines, *odd[1:]]))
+    assert prepare(path) == 0
+    assert len(all_documents(tmp_path / "out")) == 40
+    assert "left out: 5 documents: no JSON with a text in 'text'" in capsys.readouterr().out
+
+
 BAD_INPUTS = {
     "utf-16": ("a.txt", "text".encode("utf-16"), "iconv -f UTF-16"),
     "utf-16 without its mark": ("a.txt", "text".encode("utf-16-le"), "convert it to UTF-8"),
@@ -302,10 +312,10 @@ BAD_INPUTS = {
     "white space": ("a.txt", b" \n\n \t", "no text"),
     "one document": ("a.txt", b"all of it", "two or more"),
     "equal documents": ("a.jsonl", b'{"text": "same"}\n' * 9, "1 different"),
-    "no JSON": ("a.jsonl", b'{"text": "fine"}\n{"text": oh}\n', "line 2"),
+    "no JSON": ("a.jsonl", b'{"text": "fine"}\n' * 9 + b'{"text": oh}\n' * 20, "line 10 is not"),
     "deep JSON": ("a.jsonl", b"[" * 200_000 + b"\n", "line 1 is not valid JSON"),
-    "no field": ("a.jsonl", b'{"body": "words"}\n', "--text-key"),
-    "no object": ("a.jsonl", b'["text"]\n', "--text-key"),
+    "no field": ("a.jsonl", b'{"body": "words"}\n', "--text-key; it has body"),
+    "no object": ("a.jsonl", b'["text"]\n', "line 1: is no JSON object"),
     "no text": ("a.jsonl", b'{"text": 5}\n', "--text-key"),
     "cut gzip": ("a.txt.gz", gzip.compress(b"words " * 9000)[:-9], ".gz data are broken"),
     "no gzip": ("a.txt.gz", b"plain text", ".gz data are broken"),
