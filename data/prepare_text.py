@@ -26,6 +26,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
+
 try:
     import sentencepiece as spm
     import torch
@@ -176,11 +179,12 @@ def report(manifest: dict[str, Any]) -> str:
             )
     changes = manifest["normalization_changes"]
     most = ", ".join(f"{c} {n:,}" for c, n in list(changes["lost_characters"].items())[:8])
-    rows += [
-        f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces",
-        f"normalization changed {changes['documents']:,} documents; most often it changed "
-        f"{most or 'nothing'} (--normalization identity keeps them)",
-    ]
+    rows.append(f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces")
+    if changes["documents"]:
+        rows.append(
+            f"normalization changed {changes['documents']:,} documents; most often it changed "
+            f"{most or 'nothing'} (--normalization identity keeps them)"
+        )
     rows += [f"left out: {n:,} documents: {why}" for why, n in manifest["left_out"].items()]
     return "\n".join(rows)
 

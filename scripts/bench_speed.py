@@ -35,6 +35,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # the first of these: it says what to install

@@ -26,11 +26,15 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # the first of these: it says what to install

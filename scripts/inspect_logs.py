@@ -825,6 +825,8 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a script's `main` and exits with its code, on any terminal and into any pipe."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # what a terminal cannot show becomes a `?`
     code = 1
