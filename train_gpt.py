@@ -450,7 +450,9 @@ class Log:
     def event(self, name: str = "", /, **pairs: Any) -> None:
         """One line; `name` is empty for the lines of single steps, as in the field."""
         line = " ".join(filter(None, [name, *(f"{k}:{log_text(v)}" for k, v in pairs.items())]))
-        for output in (sys.stdout, self.file) if self.file else ():
+        for output in (self.file, sys.stdout) if self.file else ():
+            if output is sys.stdout and "text" in pairs:
+                line = line.replace("%20", " ")  # for people
             with suppress(OSError):  # a full disk must not end a run that is worth its GPUs
                 print("\r\033[K" + line if output.isatty() else line, file=output, flush=True)
 
@@ -1571,7 +1573,8 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     average, adam = trainer.average, trainer.optimizer.adam
     (new, tensors), old = run_state(trainer), state["settings"]
     differ = [f"{k}={new.get(k)} (was {old.get(k)})" for k in new | old if new.get(k) != old.get(k)]
-    require(not differ, f"resume: the checkpoint is of another run: {', '.join(differ)}")
+    text = f"resume: the checkpoint is of another run: {', '.join(differ)}"
+    require(not differ, f"{text}: give what it began with, or choose another run_id")
     for kind, tensor in tensors.items():
         for name, view in trainer.flat.named(tensor).items():
             view.copy_(state["tensors"][kind][name])
@@ -2171,7 +2174,8 @@ def train(
         tensors = trainer.flat.named(trainer.flat.data)
         artifact = export(replace(hp, eval_passes=passes), tensors, artifact, log)
     log.phase("export")
-    stop.advice, stop.farewell = "", f": score {artifact} with --evaluate {artifact}"
+    score = f"--evaluate {artifact} --data-path {hp.data_path}"
+    stop.advice, stop.farewell = "", f": score {artifact} with {score} and the same settings"
     return EXIT_EXPORTED if interrupted else 0, artifact
 
 

@@ -18,10 +18,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # the first of these: it says what to install
@@ -85,8 +89,11 @@ def find_tokenizer(artifact: Path, named: Path | None) -> Path:
     places = [artifact.with_name("tokenizer.model")]
     if named:
         places = [named / "tokenizer.model" if named.is_dir() else named]
-    log = artifact.with_name(artifact.name.removesuffix(".int6.xz") + ".txt")
-    if not named and log.is_file():
+    stem = artifact.name.removesuffix(".int6.xz")
+    beside = [
+        artifact.with_name(stem + end) for end in (".txt", ".log")
+    ]  # train_gpt.py's, a seed's
+    for log in [] if named else filter(Path.is_file, beside):
         with suppress(LogError):
             logged = read_run(log).config.get("tokenizer_path")
             places = [Path(logged), ROOT / logged, *places] if logged else places
@@ -103,9 +110,9 @@ def encode(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise UserError(f"the prompt {prompt!r} is no valid text: give it as UTF-8") from None
+        raise UserError(f"the prompt {prompt[:60]!r} is no valid text: give it as UTF-8") from None
     ids = [tokenizer.bos_id(), *tokenizer.Encode(prompt)]
-    require(tokenizer.unk_id() not in ids, f"the prompt {prompt!r} has unknown characters")
+    require(tokenizer.unk_id() not in ids, f"the prompt {prompt[:60]!r} has unknown characters")
     return ids
 
 

@@ -103,9 +103,10 @@ def test_a_text_of_any_length_begins_with_the_prompt_and_repeats_with_its_seed(a
 def test_the_log_beside_the_artifact_names_the_tokenizer(artifact, corpus, tmp_path):
     (tmp_path / "run.int6.xz").write_bytes(artifact.read_bytes())
     line = f"config name:tokenizer_path value:{corpus.tokenizer_path} source:default\n"
-    (tmp_path / "run.txt").write_text(line)
-    assert run(tmp_path / "run.int6.xz", "the", "--tokens", 3).returncode == 0
-    (tmp_path / "run.txt").unlink()
+    for name in ("run.txt", "run.log"):  # the trainer's, and that of a finished seed
+        (tmp_path / name).write_text(line)
+        assert run(tmp_path / "run.int6.xz", "the", "--tokens", 3).returncode == 0
+        (tmp_path / name).unlink()
     assert "--tokenizer" in run(tmp_path / "run.int6.xz", "the").stderr
 
 
