@@ -401,7 +401,10 @@ def configuration(events: Sequence[Event]) -> dict[str, str]:
 def differences(one: Sequence[Event], two: Sequence[Event]) -> list[str]:
     """In what two runs are not of one configuration, with both values."""
     a, b = configuration(one), configuration(two)
-    names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    names = (name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    names = sorted(
+        names, key=lambda name: (not name.endswith(" data"), name)
+    )  # the text counts most
     return [f"{name} ({a.get(name)}, {b.get(name)})" for name in names]
 
 
@@ -797,6 +800,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         runs, base = read_runs(args.logs), read_base(args)
         comparison = compare(runs, base) if base else None
+        of_base = gaps(read_runs(args.against)) if args.against else []
         others = baselines(runs[0]) if args.baselines else {}
     except LogError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -807,7 +811,7 @@ def main(argv: Sequence[str]) -> int:
         print((plain_table if args.format == "table" else markdown_table)(table_rows(runs)))
         notes = [f"{name} on the same text: {bpb:.5f} bpb" for name, bpb in others.items()]
         notes += [comparison_text(comparison)] if comparison else []
-        print("".join(f"\n{note}\n" for note in notes + gaps(runs)), end="")
+        print("".join(f"\n{note}\n" for note in notes + gaps(runs) + of_base), end="")
     return 1 if args.require_complete and any(run.missing for run in runs) else 0
 
 

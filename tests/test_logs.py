@@ -278,6 +278,22 @@ def test_what_is_no_log_is_refused_and_unlike_runs_are_told(tmp_path, capsys):
     assert "the passes that they reached ([1, 2, 3], [1, 2, 2])" in printed
 
 
+def test_a_run_that_a_signal_ended_is_no_whole_run(tmp_path, capsys):
+    """Not by itself, and not as what others are compared with."""
+    pytest.importorskip("scipy")
+    logs = [write_log(tmp_path, complete_log(1)), write_log(tmp_path, complete_log(2), "2.log")]
+    early = complete_log(3).replace("stop step:40 ", "stop step:40 interrupted:1 ")
+    early = early.replace("fingerprint:00ff", "fingerprint:0bad")
+    ended = write_log(tmp_path, early, "3.log")
+    assert inspect_logs.main([ended, "--require-complete"]) == 1
+    text = "3.log is missing: the rest of training, which a signal ended at step 40"
+    assert text in capsys.readouterr().out
+    assert inspect_logs.main([*logs, "--against", ended]) == 0
+    assert text in capsys.readouterr().out
+    assert inspect_logs.main([logs[0], ended]) == 0
+    assert "3.log differ in train data (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("checkpoint", [20, 10, None])
 def test_what_a_resumed_run_did_again_counts_once(checkpoint):
     """From checkpoints after steps 20 and 10, and from the start, there being none."""
