@@ -132,7 +132,6 @@ class Hyperparameters:
     tokenizer_path: str | None = opt(None, "none: data_path's tokenizer.model, or FineWeb's")
     train_batch_tokens: int = opt(786_432, "tokens of a step; not set: 98,304 a process", 1)
     micro_batch_tokens: int = opt(98_304, "most tokens that a rank takes at once", 1)
-    shuffle: bool = opt(True, "read the windows of all shards in a seeded random order")
     seq_len_schedule: str = opt("0.0:4,0.3:2,0.6:1", "start:parts that windows are cut into, ...")
 
     tokenizer_sha256: str | None = opt(None, "hash it must have; none: its own", group="model")
@@ -589,7 +588,7 @@ class TokenBytes:
 
 
 class BatchLoader:
-    """Windows of T+1 tokens in an order that depends on the shards, T and the seed alone.
+    """Windows of T+1 tokens in a random order that depends on the shards, T and the seed alone.
 
     The order of an epoch is a permutation of the windows of all shards, which each epoch cuts at
     another phase. A step takes the next `batch_seqs` windows and a rank its share of them, so any
@@ -610,10 +609,8 @@ class BatchLoader:
         T, (epoch, place) = self.hp.train_seq_len, divmod(index, self.epoch_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.hp.seed, epoch])
-            self.epoch, self.phase, self.order = epoch, 0, np.arange(self.epoch_windows)
-            if self.hp.shuffle:
-                self.phase = int(rng.integers(T))
-                rng.shuffle(self.order)
+            self.epoch, self.phase = epoch, int(rng.integers(T))
+            self.order = rng.permutation(self.epoch_windows)
         number = self.order[place]
         shard = np.searchsorted(self.first_window, number, side="right") - 1
         start = int(self.phase + (number - self.first_window[shard]) * T)
@@ -1512,7 +1509,7 @@ def run_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a resumed run must share with the one that it continues, and the tensors that training
     carries from step to step, in the layout of flat.data."""
     hp, average = trainer.hp, trainer.average
-    names = ("seed", "train_batch_tokens", "shuffle", "weight_average")
+    names = ("seed", "train_batch_tokens", "weight_average")
     fixed = hp.architecture() | {name: getattr(hp, name) for name in names}
     fixed |= {"data": trainer.data.facts[0]["fingerprint"]}
     del fixed["eval_passes"]  # training does not depend on it

@@ -47,10 +47,8 @@ from torch import Tensor
 
 PROCESS = ("dtype", "compile")  # one choice for all branches
 # What the trunk has used up, or what the trunk's weights depend on.
-SHARED = (
-    *("seed", "data_path", "tokenizer_path", "vocab_size", "train_batch_tokens", "train_seq_len"),
-    *("shuffle", "iterations", "max_wallclock_seconds"),
-)
+SHARED = ("seed", "data_path", "tokenizer_path", "vocab_size", "train_batch_tokens")
+SHARED += ("train_seq_len", "iterations", "max_wallclock_seconds")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 

@@ -76,20 +76,20 @@ def test_a_process_takes_98304_tokens_a_step_unless_told_otherwise():
 
 def test_booleans_and_optional_values():
     for text, value in (("0", False), ("false", False), ("1", True), ("True", True)):
-        assert read_configuration({"SHUFFLE": text}, [])[0].shuffle is value
+        assert read_configuration({"SLIDING_EVAL": text}, [])[0].sliding_eval is value
     for text in ("2", "yes", "", "off", "None"):
-        assert "shuffle" in mistakes({"SHUFFLE": text})
-    hp, _ = read_configuration({"SHUFFLE": "1"}, ["--no-shuffle", "--sliding-eval"])
-    assert (hp.shuffle, hp.sliding_eval) == (False, True)
+        assert "sliding_eval" in mistakes({"SLIDING_EVAL": text})
+    hp, _ = read_configuration({"SLIDING_EVAL": "1"}, ["--no-sliding-eval", "--ttt-enabled"])
+    assert (hp.sliding_eval, hp.ttt_enabled) == (False, True)
     hp, _ = read_configuration({"MAX_WALLCLOCK_SECONDS": "none"}, ["--iterations", "5"])
     assert (hp.max_wallclock_seconds, hp.iterations) == (None, 5)
 
 
 def test_all_mistakes_are_told_at_once():
-    env = {"SEED": "x", "SHUFFLE": "perhaps", "LOGIT_SOFTCAP": "-1", "MATRIX_LR": "nan"}
+    env = {"SEED": "x", "SLIDING_EVAL": "perhaps", "LOGIT_SOFTCAP": "-1", "MATRIX_LR": "nan"}
     text = mistakes(env, "--dtype", "float16", "--no-such-flag", "--eval", "f")
     named = [
-        "seed=x", "shuffle=perhaps", "logit_softcap=-1", "matrix_lr=nan", "dtype=float16",
+        "seed=x", "sliding_eval=perhaps", "logit_softcap=-1", "matrix_lr=nan", "dtype=float16",
         "--no-such-flag", "--eval:",
     ]  # fmt: skip
     assert [name for name in named if name not in text] == []

@@ -189,10 +189,9 @@ def numbered() -> list[np.ndarray]:
 WINDOWS = (7 - 1) + (400 // 32 - 1) + (640 // 32 - 1)  # one of each shard is spare for the phase
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_every_window_of_an_epoch_is_read_once(numbered, tiny, shuffle):
+def test_every_window_of_an_epoch_is_read_once(numbered, tiny):
     """Windows are consecutive tokens of one shard, and their targets tile it without a gap."""
-    hp = tiny(shuffle=shuffle, train_batch_tokens=32)
+    hp = tiny(train_batch_tokens=32)
     for epoch in range(3):
         steps = range(epoch * WINDOWS, (epoch + 1) * WINDOWS)
         rows = np.concatenate(batches(numbered, hp, steps)).astype(int)
@@ -217,13 +216,6 @@ def test_each_epoch_has_an_order_and_a_cut_of_its_own(numbered, tiny):
     assert np.array_equal(first, np.concatenate(batches(numbered, hp, range(WINDOWS)))[:, 0]), (
         "nothing else does"
     )
-
-
-def test_without_shuffling_the_order_is_that_of_the_files(numbered, tiny):
-    hp = tiny(shuffle=False, train_batch_tokens=64)
-    rows = np.concatenate(batches(numbered, hp, range(3)))[:, 0]
-    assert rows.tolist() == [0, 32, 64, 96, 128, 160]
-    assert np.concatenate(batches(numbered, hp, [3]))[:, 0].tolist() == [10_000, 10_032]
 
 
 @pytest.mark.parametrize("batch_seqs", [1, 3, 8, 11])
