@@ -13,7 +13,7 @@ comparison.png  a colour for each configuration, all its seeds together: the end
                 time, and the scores; drawn if there are several configurations
 
 Noisy curves are smoothed, with what was logged behind them, faint. Dotted lines in a run's colour
-say where its passes are added and where QAT begins. What a log lacks is said and left out.
+say where sequences grow, passes are added and QAT begins. What a log lacks is said and left out.
 """
 
 from __future__ import annotations
@@ -105,13 +105,18 @@ def by_time(run: Run, points: Curve) -> Curve:
 
 
 def draw_marks(axis: Any, runs: Sequence[Run], timed: bool = False) -> None:
-    """Where each run's passes are added and its QAT begins; the first run's marks have labels."""
+    """Where each run's sequences grow, passes are added and QAT begins; the first run's marks have
+    labels."""
     for i, run in enumerate(runs):
-        found = [(step, f"{passes} passes") for step, passes in run.growth[1:]]
+        found = [(e.step, f"{e.pairs.get('tokens')} tokens") for e in run.all("seq_len")[1:]]
+        found += [(step, f"{passes} passes") for step, passes in run.growth[1:]]
         found += [
             (run.last(name).step, text) for name, text in (("swa", "SWA"), ("late_qat", "QAT"))
         ]
-        for step, label in found:
+        labels: dict[int | None, list[str]] = {}
+        for step, text in found:
+            labels.setdefault(step, []).append(text)
+        for step, texts in labels.items():
             if step is not None and timed:
                 step = seconds_at(run, step)
             if step is None:
@@ -120,9 +125,9 @@ def draw_marks(axis: Any, runs: Sequence[Run], timed: bool = False) -> None:
             if i == 0:
                 box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
                 axis.annotate(
-                    label, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                    xytext=(4, 0), textcoords="offset points", fontsize=12, color=GREY,
-                    ha="left", va="top", bbox=box,
+                    ", ".join(texts), (step, 0.98), xycoords=("data", "axes fraction"),
+                    rotation=90, xytext=(-4, 0), textcoords="offset points", fontsize=12,
+                    color=GREY, ha="right", va="top", bbox=box, annotation_clip=True,
                 )  # fmt: skip
 
 
