@@ -47,13 +47,14 @@ def test_a_file_that_is_no_list_of_settings_is_refused(tmp_path):
     assert "cannot be read" in mistakes({}, "--env", str(tmp_path / "none"))
 
 
-def test_the_recurrence_as_published_is_one_flag_away():
-    """PR 1230: 1, 2, then 3 damped passes with diagonal error feedback and the proxy."""
+def test_the_method_as_published_is_one_flag_away():
+    """PR 1230: 1, 2, then 3 damped passes with diagonal error feedback and the proxy; 8 heads."""
     argv = ["--env", str(ROOT / "scripts" / "pr1230.env")]
     published, sources = read_configuration({"WORLD_SIZE": "8"}, argv)
     assert published == Hyperparameters(
         passes_schedule="0.0:1,0.626:2,0.813:3", residual_scale_init=0.5,
-        feedback_mode="diagonal", feedback_rank=2, jacobian_proxy_weight=0.01,
+        feedback_mode="diagonal", feedback_rank=2, jacobian_proxy_weight=0.01, num_heads=8,
+        num_kv_heads=4, rope_dims=16, seq_len_schedule="0.0:1", muon_wd=0.04,
     )  # fmt: skip
     assert published.schedule == ((0.0, 1), (0.626, 2), (0.813, 3))
     assert [name for name, source in sources.items() if source == "file"]
