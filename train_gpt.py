@@ -449,11 +449,11 @@ class Log:
     def event(self, name: str = "", /, **pairs: Any) -> None:
         """One line; `name` is empty for the lines of single steps, as in the field."""
         line = " ".join(filter(None, [name, *(f"{k}:{log_text(v)}" for k, v in pairs.items())]))
-        for output in (self.file, sys.stdout) if self.file else ():
-            if output is sys.stdout and "text" in pairs:
-                line = line.replace("%20", " ")  # for people
+        shown = line.replace("%20", " ") if "text" in pairs else line  # the file keeps the grammar
+        shown = "\r\033[K" + shown if sys.stdout.isatty() else shown
+        for output, words in ((sys.stdout, shown), (self.file, line)) if self.file else ():
             with suppress(OSError):  # a full disk must not end a run that is worth its GPUs
-                print("\r\033[K" + line if output.isatty() else line, file=output, flush=True)
+                print(words, file=output, flush=True)
 
     def progress(self, text: str) -> None:
         """Shows how far the work is in the last line of a terminal; nothing elsewhere."""
@@ -1225,7 +1225,7 @@ class StepPlan(NamedTuple):
     """What a step does; a function of its number and of the run's progress alone."""
 
     num_passes: int
-    parts: int  # that each window is cut into
+    cuts: int  # sequences that each window is cut into
     qat: bool
     swa: bool
     lr_scale: float
@@ -1235,7 +1235,7 @@ class StepPlan(NamedTuple):
 def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     """progress: from 0 to 1, the larger of step / iterations and elapsed / wall-clock cap."""
     passes = [n for start, n in hp.schedule if start <= progress][-1]
-    parts = [n for start, n in read_schedule(hp.seq_len_schedule) if start <= progress][-1]
+    cuts = [n for start, n in read_schedule(hp.seq_len_schedule) if start <= progress][-1]
     lr_scale = min(1.0, max(0.0, 1 - progress) / hp.warmdown_frac)
     warm = min(1.0, progress / hp.muon_momentum_warmup_frac)
     momentum = (1 - warm) * hp.muon_momentum_warmup_start + warm * hp.muon_momentum
@@ -1244,13 +1244,15 @@ def plan_step(hp: Hyperparameters, step: int, progress: float) -> StepPlan:
     bound = 1 - progress / max(1, step) / hp.muon_momentum_frac
     momentum = min(momentum, max(0.85, bound))
     qat, swa = lr_scale < hp.late_qat_threshold, lr_scale < hp.swa_lr_scale
-    return StepPlan(passes, parts, qat, swa, lr_scale, momentum)
+    return StepPlan(passes, cuts, qat, swa, lr_scale, momentum)
 
 
 def step_kinds(hp: Hyperparameters) -> list[tuple[int, int, bool]]:
-    """The (passes, parts, QAT) of the run's steps, in their order: each needs graphs of its own."""
-    plans = [plan_step(hp, 1, i / 10_000) for i in range(10_000)]
-    return list(dict.fromkeys((plan.num_passes, plan.parts, plan.qat) for plan in plans))
+    """The (passes, cuts, QAT) of the run's steps, in their order: each needs graphs of its own.
+
+    A phase of less than 1/10,000 of the run is not worth them, and may be missed."""
+    plans = [plan_step(hp, 0, i / 10_000) for i in range(10_000)]
+    return list(dict.fromkeys((plan.num_passes, plan.cuts, plan.qat) for plan in plans))
 
 
 def graphs_compiled() -> int:
@@ -1348,24 +1350,23 @@ class Trainer:
         self.norm_sent: tuple[Tensor, torch.cuda.Event | None, int] | None = None  # to the host
 
     def accumulate(
-        self, batch: Tensor, passes: int, floor: Tensor | None = None, parts: int = 1
+        self, batch: Tensor, passes: int, floor: Tensor | None = None, cuts: int = 1
     ) -> Tensor:
-        """Gradients of this rank's windows (B, T+1), each cut into `parts`; returns sums over them
+        """Gradients of this rank's windows (B, T+1), each cut into so many sequences; returns sums
         for the log: nats, text bytes, proxy, then growth, update and feedback of each pass, times
         B. Short sequences first: Li et al. 2022 (arXiv 2108.06084); attention costs less."""
-        return self.limit.run(partial(self.accumulate_some, batch, passes, floor, parts))
+        return self.limit.run(partial(self.accumulate_parts, batch, passes, floor, cuts))
 
-    def accumulate_some(
-        self, batch: Tensor, passes: int, floor: Tensor | None, parts: int, at_once: int
+    def accumulate_parts(
+        self, batch: Tensor, passes: int, floor: Tensor | None, cuts: int, at_once: int
     ) -> Tensor:
         hp = self.hp
         self.flat.grad.zero_()
         sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
         for part in near_equal_parts(batch, at_once):
-            pair = (part[:, :-1], part[:, 1:])
-            ids, targets = (t.reshape(parts * len(part), -1) for t in pair)
+            ids, targets = (t.reshape(cuts * len(part), -1) for t in (part[:, :-1], part[:, 1:]))
             losses, stability = self.model(ids, targets, passes, floor)
-            nats, proxy = losses.sum(), stability.jacobian_proxy.sum() / parts
+            nats, proxy = losses.sum(), stability.jacobian_proxy.sum() / cuts
             weighted = hp.jacobian_proxy_weight * proxy / hp.batch_seqs
             (nats / hp.train_batch_tokens + weighted).backward()
             text_bytes = self.data.token_bytes.of(ids, targets).sum()
@@ -1387,8 +1388,8 @@ class Trainer:
         for i in range(steps):
             self.log.progress(f"warm-up: step {i + 1} of {steps}")
             batch = random(self.data.loader.shape).to(runtime.device)
-            passes, parts, qat = kinds[i * len(kinds) // steps]
-            self.accumulate(batch, passes, floor if qat else None, parts)
+            passes, cuts, qat = kinds[i * len(kinds) // steps]
+            self.accumulate(batch, passes, floor if qat else None, cuts)
             optimizer.step(optimizer.reduce(), 1.0, 0.9)
         if steps and runtime.compiles:
             text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
@@ -1396,7 +1397,7 @@ class Trainer:
             rehearsal = Evaluator(hp, data, runtime, Log(None))
             # What fits the memory is found out once.
             rehearsal.scoring, rehearsal.training = evaluator.scoring, evaluator.training
-            rehearsal.run_all(self.model, flat, passes)
+            rehearsal.run_all(self.model, flat, kinds[-1][0])
         flat.data.copy_(kept)
         flat.grad.zero_()
 
@@ -1438,8 +1439,8 @@ class Trainer:
         if before is None or plan.num_passes != before.num_passes:
             self.phase_start = self.step
             self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
-        if before is None or plan.parts != before.parts:
-            self.log.event("seq_len", **at, tokens=self.hp.train_seq_len // plan.parts)
+        if before is None or plan.cuts != before.cuts:
+            self.log.event("seq_len", **at, tokens=self.hp.train_seq_len // plan.cuts)
         if plan.swa and not (before and before.swa) and self.average.swa is not None:
             self.log.event("swa", **at)
         if plan.qat and self.floor_index is None:
@@ -1449,7 +1450,7 @@ class Trainer:
         if plan.qat:
             floor = torch.full((), floor_value(self.floor_index), device=self.runtime.device)
         batch = self.data.loader.batch(self.step)
-        sums = self.accumulate(batch, plan.num_passes, floor, plan.parts)
+        sums = self.accumulate(batch, plan.num_passes, floor, plan.cuts)
         norm = self.optimizer.reduce()
         self.optimizer.step(norm, plan.lr_scale, plan.momentum)
         self.average.update(progress, plan.swa)

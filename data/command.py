@@ -24,7 +24,9 @@ def run_command(work: Callable[[], None], kept: str) -> int:
 
     `kept` says in that line what a failure has left behind.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was during the imports
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    ):  # the script's choice for the time of its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may lack the characters of the data
@@ -41,7 +43,8 @@ def run_command(work: Callable[[], None], kept: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", file=sys.stderr)
+        what = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"error: {what}; {kept}", file=sys.stderr)
         return 2
     return 0
 

@@ -174,14 +174,12 @@ class TextFiles:
                 text = self.text_of(parse_json(line.removeprefix("\ufeff"), place), place)
             except UserError as error:
                 bad, first = bad + 1, first or error
-                if bad > 10 + good // 10:
-                    raise first from None
+                require(bad <= 10 + good // 10, f"{first}; {bad} of {bad + good} lines are so")
                 self.left_out[f"no JSON with a text in {self.text_key!r}"] += 1
                 continue
             good += 1
             yield text
-        if bad and not good:
-            raise first
+        require(bad <= good, f"{first}; {bad} of {bad + good} lines are so")
 
     def text_of(self, record: Any, place: str) -> str:
         """Raises UserError."""

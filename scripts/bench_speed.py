@@ -107,7 +107,7 @@ def build(hp: Hyperparameters, runtime: Runtime) -> tuple[Trainer, Evaluator]:
     return trainer, Evaluator(hp, data, runtime, log)
 
 
-def model_flops(hp: Hyperparameters, passes: int, parts: int) -> dict[str, int]:
+def model_flops(hp: Hyperparameters, passes: int, cuts: int) -> dict[str, int]:
     """Model FLOPs of a step by part; the module's docstring says how they are counted."""
     layers = hp.num_layers + (passes - 1) * (hp.core_end - hp.core_start)
     weights = 0
@@ -122,7 +122,7 @@ def model_flops(hp: Hyperparameters, passes: int, parts: int) -> dict[str, int]:
     of_token = {
         "matrices": 6 * weights,
         "head": 6 * hp.vocab_size * hp.model_dim,
-        "attention": 6 * hp.train_seq_len // parts * hp.model_dim * layers,
+        "attention": 6 * hp.train_seq_len // cuts * hp.model_dim * layers,
     }
     return {part: flops * hp.train_batch_tokens for part, flops in of_token.items()}
 
@@ -151,10 +151,10 @@ def lap_seconds(work: Callable[[], Any], count: int, device: torch.device) -> li
 def measure_step(
     trainer: Trainer, kind: tuple[int, int, bool], count: int, peak_tflops: float | None
 ) -> dict[str, Any]:
-    """Time and memory of a kind of step (passes, parts, QAT), and what follows from them."""
-    passes, parts, qat = kind
+    """Time and memory of a kind of step (passes, cuts, QAT), and what follows from them."""
+    passes, cuts, qat = kind
     # A step's plan follows from these. At a progress of 0 the learning rate's scale is 1.
-    plan = {"num_passes": passes, "seq_len_schedule": f"0.0:{parts}"}
+    plan = {"num_passes": passes, "seq_len_schedule": f"0.0:{cuts}"}
     trainer.hp = replace(trainer.hp, **plan, late_qat_threshold=2.0 if qat else 0.0)
     on_gpu = trainer.runtime.device.type == "cuda"
     for _ in range(UNTIMED_STEPS):
@@ -162,10 +162,10 @@ def measure_step(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = lap_seconds(lambda: trainer.take_step(0.0), count, trainer.runtime.device)
-    tflops = sum(model_flops(trainer.model.hp, passes, parts).values()) / 1e12
+    tflops = sum(model_flops(trainer.model.hp, passes, cuts).values()) / 1e12
     return {
         "passes": trainer.plan.num_passes,
-        "seq_len": trainer.hp.train_seq_len // trainer.plan.parts,
+        "seq_len": trainer.hp.train_seq_len // trainer.plan.cuts,
         "qat": trainer.plan.qat,
         "ms": 1000 * median(seconds),
         "fastest_ms": 1000 * min(seconds),
@@ -249,9 +249,7 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]
         report["cold_start_seconds"] = time.perf_counter() - since
     report["graphs"] = graphs_compiled()
     for kind in train_gpt.step_kinds(hp):
-        print(
-            "timing steps: passes={}, parts={}, qat={}".format(*kind), file=sys.stderr, flush=True
-        )
+        print(f"timing steps of (passes, cuts, QAT) {kind}", file=sys.stderr, flush=True)
         report["steps"].append(measure_step(trainer, kind, args.steps, peak))
     if "profile" not in args.skip:
         report["kernels"] = profile_step(trainer)

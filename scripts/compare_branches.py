@@ -8,7 +8,7 @@ data every branch goes on for the rest of the time: first the run as it is, then
 the settings that it names. So the trunk is paid once and its luck is shared: differences are
 clearer than between whole runs. `--branch ""` repeats the run itself, which shows what is noise.
 With `--at 0` there is no trunk: whole runs, one after the other, which share a process and its
-graphs, and may differ in everything. All other arguments are the trainer's settings.
+graphs, and may differ in all but dtype and compile. All other arguments are the trainer's settings.
 
 A parameter that the trunk has not moved (the residual scales and the feedback, while there is one
 pass) begins as the branch's settings say; so does one that the trunk does not have. Graphs are
@@ -78,7 +78,10 @@ def read_branch(text: str, hp: Hyperparameters, fixed: Sequence[str]) -> Hyperpa
     for word in text.split():
         name, _, value = word.partition("=")
         require(name in settings, f"--branch {text!r}: there is no setting {name}: see --help")
-        require(name not in fixed, f"--branch {text!r}: {name} is shared by all: set it outside")
+        require(
+            name not in fixed,
+            f"--branch {text!r}: {name} is shared by all: set it without --branch",
+        )
         settings[name] = value
     try:
         variables = {name.upper(): value for name, value in settings.items()}
@@ -179,24 +182,24 @@ def compare(
     Raises UserError.
     """
     runtime = train_gpt.Runtime.start(hp)
-    hp, data = train_gpt.open_data(hp, runtime)
+    # Of all branches, so that a mistake in the last one is told before the first one trains.
+    opened = [train_gpt.open_data(branch, runtime) for _, branch in branches]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}: name a folder to make") from None
     trunk, moved = None, set()
     if at > 0:
-        trunk, evaluator = prepare(hp, data, runtime, folder / "trunk.txt")
+        trunk, evaluator = prepare(*opened[0], runtime, folder / "trunk.txt")
         weights = trunk.flat.named(trunk.flat.data)
         start = {name: w.clone() for name, w in weights.items()}
         trunk.train(evaluator, folder, until=at)
         moved = {name for name, w in weights.items() if not w.equal(start[name])}
-    for number, (text, branch) in enumerate(branches):
+    for number, (text, _) in enumerate(branches):
         settings = " ".join(text.split()) or "run"
         name = re.sub(r"[^-.,=0-9A-Za-z_]+", "_", settings)[:80]
         path = folder / f"{number}_{name}.txt"
-        branch, data = train_gpt.open_data(branch, runtime)
-        trainer, evaluator = prepare(branch, data, runtime, path)
+        trainer, evaluator = prepare(*opened[number], runtime, path)
         if trunk is not None:
             continue_from(trunk, moved, trainer)
         yield finish(settings, trainer, evaluator, folder)

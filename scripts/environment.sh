@@ -11,7 +11,7 @@ use_venv() {
       "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
         2>/dev/null && found=$candidate && break
     done
-    [ -n "$found" ] || fail "${PYTHON:-none of the installed} is no Python 3.11 to 3.13:" \
+    [ -n "$found" ] || fail "${PYTHON:+$PYTHON is not one: }a Python 3.11 to 3.13 is needed:" \
       "install one, or set PYTHON to its path"
     echo "making .venv with $("$found" --version)"
     "$found" -m venv --clear .venv

@@ -373,12 +373,8 @@ def find_missing(run: Run) -> Iterator[str]:
 
 # ------------------------------------------------------------------------------- resumed runs
 
-BEGINNINGS = (
-    "progressive_passes",
-    "seq_len",
-    "swa",
-    "late_qat",
-)  # they tell of the steps after theirs
+# They tell of the steps after theirs.
+BEGINNINGS = ("progressive_passes", "seq_len", "swa", "late_qat")
 TRAINING = ("", "validation", "checkpoint", "resume", *BEGINNINGS)
 
 
@@ -402,9 +398,7 @@ def differences(one: Sequence[Event], two: Sequence[Event]) -> list[str]:
     """In what two runs are not of one configuration, with both values."""
     a, b = configuration(one), configuration(two)
     names = (name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-    names = sorted(
-        names, key=lambda name: (not name.endswith(" data"), name)
-    )  # the text counts most
+    names = sorted(names, key=lambda name: (not name.endswith(" data"), name))  # the text first
     return [f"{name} ({a.get(name)}, {b.get(name)})" for name in names]
 
 
@@ -829,7 +823,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a script's `main` and exits with its code, on any terminal and into any pipe."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was during the imports
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a script's choice for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # what a terminal cannot show becomes a `?`

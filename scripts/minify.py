@@ -263,7 +263,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or output}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

@@ -97,9 +97,13 @@ else
     "$python" scripts/minify.py -o "$new" ${minify_flags[@]+"${minify_flags[@]}"}
 fi
 # begun: whether the folder has a run that this command would keep or go on with.
-begun() { compgen -G "$output/train_seed*.log" || compgen -G "$output/running/*/step_*.pt"; } >/dev/null
+begun() {
+    compgen -G "$output/train_seed*.log" || compgen -G "$output/running/*.int6.xz" ||
+        compgen -G "$output/running/*/step_*.pt"
+} >/dev/null
 if begun && ! cmp -s "$new" "$script"; then
-    fail "$output has runs of another train_gpt.py: choose another --output, or move them away"
+    fail "$output has runs of another train_gpt.py: choose another --output, or move them" \
+        "and $output/running away"
 fi
 mv "$new" "$script"
 rmdir "$output/new"
@@ -111,15 +115,16 @@ settings="$*"
 import os, sys
 sys.path.insert(0, ".")
 import train_gpt
-own = {"seed", "run_id", "output_dir"}
+own = {"seed", "run_id", "output_dir", "resume"}  # chosen for each seed
 try:
-    hp, sources = train_gpt.read_configuration({"RUN_ID": "a seed's", **os.environ}, sys.argv[1:])
+    env = os.environ | {"RESUME": "0", "RUN_ID": "any"}
+    hp, sources = train_gpt.read_configuration(env, sys.argv[1:])
     given = {name: source for name, source in sources.items() if source != "default"}
     for name in own & given.keys():
         train_gpt.require(given[name] != "flag", f"{name} is set by run_seeds.sh: leave it out")
 except train_gpt.UserError as error:
     sys.exit(f"error: {error}")
-free = own | {"resume", "checkpoint_seconds", "on_signal"}
+free = own | {"checkpoint_seconds", "on_signal"}
 print("\n".join(f"{name}={getattr(hp, name)}" for name in given if name not in free))
 PYTHON
 ) || exit 2
@@ -181,8 +186,7 @@ for seed in $seeds; do
     child=$!
     set +m
     wait "$child" || {
-        echo "error: seed $seed: the run failed; once what it says above is mended, the same" \
-            "command goes on with this seed" >&2
+        echo "error: seed $seed ended with code $?, see above; then the same command goes on" >&2
         exit 1
     }
     child=""

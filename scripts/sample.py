@@ -90,9 +90,8 @@ def find_tokenizer(artifact: Path, named: Path | None) -> Path:
     if named:
         places = [named / "tokenizer.model" if named.is_dir() else named]
     stem = artifact.name.removesuffix(".int6.xz")
-    beside = [
-        artifact.with_name(stem + end) for end in (".txt", ".log")
-    ]  # train_gpt.py's, a seed's
+    # The trainer's log, and that of a seed of run_seeds.sh.
+    beside = [artifact.with_name(stem + end) for end in (".txt", ".log")]
     for log in [] if named else filter(Path.is_file, beside):
         with suppress(LogError):
             logged = read_run(log).config.get("tokenizer_path")

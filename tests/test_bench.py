@@ -50,10 +50,10 @@ def test_model_flops_are_what_torch_counts(changes, tiny, runtime, monkeypatch):
     monkeypatch.setattr(train_gpt, "attend", plain_attention)
     hp = tiny(**SHALLOW | BENCH, **changes)
     trainer, _ = bench_speed.build(hp, runtime)
-    for passes, parts in ((1, 4), (1, 1), (2, 2), (3, 1)):
+    for passes, cuts in ((1, 4), (1, 1), (2, 2), (3, 1)):
         with FlopCounterMode(display=False) as counter:
-            trainer.accumulate(trainer.data.loader.batch(0), passes, parts=parts)
-        flops = bench_speed.model_flops(hp, passes, parts)
+            trainer.accumulate(trainer.data.loader.batch(0), passes, cuts=cuts)
+        flops = bench_speed.model_flops(hp, passes, cuts)
         assert sum(flops.values()) + flops["attention"] == counter.get_total_flops()
 
 

@@ -47,7 +47,7 @@ def test_a_file_that_is_no_list_of_settings_is_refused(tmp_path):
     assert "cannot be read" in mistakes({}, "--env", str(tmp_path / "none"))
 
 
-def test_the_method_as_published_is_one_flag_away():
+def test_the_published_settings_are_one_flag_away():
     """PR 1230: 1, 2, then 3 damped passes with diagonal error feedback and the proxy; 8 heads."""
     argv = ["--env", str(ROOT / "scripts" / "pr1230.env")]
     published, sources = read_configuration({"WORLD_SIZE": "8"}, argv)

@@ -296,10 +296,10 @@ def test_a_few_broken_records_are_left_out_and_counted(prepare, tmp_path, capsys
     path = write_jsonl(tmp_path / "in.jsonl", make_documents(40))
     lines = path.read_text().splitlines(keepends=True)
     odd = ['{"text": "cut\n', "[1, 2]\n", '{"text": null}\n', '{"body": "a"}\n', "NaN\n"]
-    path.write_text("".join([odd[0], *lines, *odd[1:]]))
+    path.write_text("".join([odd[0], *lines, *odd[1:], *odd[:2] * 4]))
     assert prepare(path) == 0
     assert len(all_documents(tmp_path / "out")) == 40
-    assert "left out: 5 documents: no JSON with a text in 'text'" in capsys.readouterr().out
+    assert "left out: 13 documents: no JSON with a text in 'text'" in capsys.readouterr().out
 
 
 BAD_INPUTS = {
@@ -313,6 +313,7 @@ BAD_INPUTS = {
     "one document": ("a.txt", b"all of it", "two or more"),
     "equal documents": ("a.jsonl", b'{"text": "same"}\n' * 9, "1 different"),
     "no JSON": ("a.jsonl", b'{"text": "fine"}\n' * 9 + b'{"text": oh}\n' * 20, "line 10 is not"),
+    "many odd lines": ("a.jsonl", b'{"text": "a"}\n' * 3 + b"[]\n" * 4, "4 of 7 lines are so"),
     "deep JSON": ("a.jsonl", b"[" * 200_000 + b"\n", "line 1 is not valid JSON"),
     "no field": ("a.jsonl", b'{"body": "words"}\n', "--text-key; it has body"),
     "no object": ("a.jsonl", b'["text"]\n', "line 1: is no JSON object"),

@@ -333,9 +333,9 @@ def test_every_kind_of_average_reaches_the_exported_weights(tiny):
 class Observed(Trainer):
     """A trainer that keeps what each step was given, and the weights after it."""
 
-    def accumulate(self, batch, passes, floor=None, parts=1):
-        self.inputs.append((passes, parts, floor is not None))
-        return super().accumulate(batch, passes, floor, parts)
+    def accumulate(self, batch, passes, floor=None, cuts=1):
+        self.inputs.append((passes, cuts, floor is not None))
+        return super().accumulate(batch, passes, floor, cuts)
 
     def take_step(self, progress):
         self.progress.append(progress)
@@ -350,8 +350,8 @@ class Idle(Observed):
     def before_step(self):
         pass
 
-    def accumulate(self, batch, passes, floor=None, parts=1):
-        self.inputs.append((passes, parts, floor is not None))
+    def accumulate(self, batch, passes, floor=None, cuts=1):
+        self.inputs.append((passes, cuts, floor is not None))
         self.before_step()
         return torch.ones(3 + 3 * passes)
 
@@ -389,7 +389,7 @@ def test_each_step_follows_the_plan(trainer):
     one = trainer(iterations=20, weight_average="none")
     assert finish(one) is False
     plan = [plan_step(one.hp, s, s / 20) for s in range(20)]
-    assert one.inputs == [(p.num_passes, p.parts, p.qat) for p in plan]
+    assert one.inputs == [(p.num_passes, p.cuts, p.qat) for p in plan]
     assert {p.qat for p in plan} == {False, True}
     counts = [len(one.log.of(name)) for name in ("progressive_passes", "late_qat", "stop")]
     assert counts == [3, 1, 1]
@@ -442,7 +442,7 @@ def test_a_cut_window_is_a_batch_of_short_sequences(trainer, random_model):
     model = random_model(one.hp)
     one.model.load_state_dict(model.state_dict())
     batch, total, proxy = one.data.loader.batch(0), 0.0, 0.0
-    sums = one.accumulate(batch, 2, parts=4)
+    sums = one.accumulate(batch, 2, cuts=4)
     for start in range(0, 32, 8):
         window = batch[:, start : start + 9]
         losses, stability = model(window[:, :-1], window[:, 1:], 2)
@@ -492,7 +492,7 @@ def test_the_warm_up_runs_every_graph_of_a_run(trainer, schedule):
     one = trainer(Idle, passes_schedule=schedule, warmup_steps=1)
     one.warm_up(evaluator_of(one))
     plans = [plan_step(one.hp, s, s / n) for n in (7, 60, 1000, 6330) for s in range(n)]
-    assert {(plan.num_passes, plan.parts, plan.qat) for plan in plans} == set(one.inputs)
+    assert {(plan.num_passes, plan.cuts, plan.qat) for plan in plans} == set(one.inputs)
 
 
 def test_validation_and_warm_up_change_nothing(trainer):

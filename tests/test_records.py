@@ -468,6 +468,7 @@ def test_run_seeds_refuses_before_it_runs(env_file, tmp_path):
         (["--env", str(tmp_path / "none")], "is missing"),
         (["--script", __file__, "--self-extracting"], "one of --script and --self-extracting"),
         (["--", "--run-id", "x"], "run_id is set by run_seeds.sh"),
+        (["--", "--resume"], "resume is set by run_seeds.sh"),
         (["--", "--matrix-lr", "x"], "matrix_lr=x (flag) is no float"),
     ):
         process = run_seeds(env_file, tmp_path, *options)
@@ -507,12 +508,12 @@ def ended(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_terminals_signal_does_not_reach_the_run_twice(number, env_file, tmp_path):
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGHUP, 1)])
+def test_a_terminals_signal_does_not_reach_the_run_twice(number, ranks, env_file, tmp_path):
     """Ctrl-C and a hangup go to a whole group; the run is not in it, and is told by the script."""
     script, started = tmp_path / "mine.py", tmp_path / "pid"
     script.write_text(SLEEPER.format(path=str(started)))
-    options = ("--seeds", "1", "--script", str(script))
+    options = ("--seeds", "1", "--script", str(script), "--nproc", str(ranks))
     with time_limit(40):
         process = run_seeds(env_file, tmp_path / "out", *options, start_new_session=True)
         pid = wait_for(started)
