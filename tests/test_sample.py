@@ -1,12 +1,15 @@
 """What a model writes: logits, the choice among them, and scripts/sample.py as its user runs it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -83,9 +86,26 @@ def artifact(corpus, tiny, random_model, tmp_path_factory) -> Path:
     return path
 
 
-def run(*argv: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "sample.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*argv: str | Path) -> Done:
+    """The script in this process, which has torch imported already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = sample.main([*map(str, argv)])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def test_it_is_a_command(artifact):
+    """In a process of its own it writes what it writes in this one."""
+    argv = [str(artifact), "the river", "--tokens", "9"]
+    command = [sys.executable, str(ROOT / "scripts" / "sample.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, run(*argv).stdout)
 
 
 def test_a_text_of_any_length_begins_with_the_prompt_and_repeats_with_its_seed(artifact):
