@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import lzma
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -385,15 +386,15 @@ def compressed_parts(artifact: Path) -> dict[str, int]:
 
     tensors = train_gpt.read_artifact(artifact)[1]
     sizes = {name: train_gpt.payload_bytes({name: w.shape}) for name, w in tensors.items()}
-    payload = lzma.decompress(artifact.read_bytes())[-sum(sizes.values()) :]
+    content = lzma.decompress(artifact.read_bytes())
+    payload = zlib.decompress(content[8 + int.from_bytes(content[4:8], "little") :], -15)
     part_of = {tensor: part for part, names in PART_NAMES.items() for tensor in names}
     parts: dict[str, bytes] = {}
     for tensor, size in sizes.items():
         part = part_of.get(tensor, "all else")
         parts[part] = parts.get(part, b"") + payload[:size]
         payload = payload[size:]
-    filters = train_gpt.XZ_FILTERS
-    return {p: len(lzma.compress(b, lzma.FORMAT_RAW, filters=filters)) for p, b in parts.items()}
+    return {part: len(train_gpt.huffman(data)) for part, data in parts.items()}
 
 
 PICTURES: dict[str, Callable[[Any, Sequence[Run]], Any]] = {

@@ -15,6 +15,7 @@ import torch
 from conftest import time_limit
 
 from train_gpt import (
+    ARTIFACT_MAGIC,
     BANKS,
     FINEST_FLOOR_INDEX,
     GPT,
@@ -28,6 +29,7 @@ from train_gpt import (
     export,
     fake_quantize,
     floor_value,
+    huffman,
     pack,
     payload_bytes,
     quantize,
@@ -197,7 +199,7 @@ def test_the_size_grows_with_the_floor_index_and_its_estimate_is_close(tiny):
     sizes = []
     for index in (512 * 4, 512 * 5, 512 * 6, FINEST_FLOOR_INDEX):
         sizes.append(len(compress(hp.architecture(), tensors, index)))
-        assert entropy_bytes(tensors, floor_value(index)) == pytest.approx(sizes[-1], rel=0.08)
+        assert entropy_bytes(tensors, floor_value(index)) == pytest.approx(sizes[-1], rel=0.1)
     assert sizes == sorted(sizes)
     assert abs(estimate_floor_index(tensors, sizes[1]) - 512 * 5) < 256
     assert sizes[0] < 0.7 * sizes[-1]
@@ -273,19 +275,31 @@ def test_every_bit_flip_of_an_artifact_is_refused(smallest, tmp_path):
                 assert outcome(tmp_path / "a", bytes(flipped)) != "loads", (place, bit)
 
 
-def packed(content: bytes) -> bytes:
-    return lzma.compress(content, format=lzma.FORMAT_XZ, preset=0)
+def packed(start: bytes, payload: bytes = b"") -> bytes:
+    return lzma.compress(start + huffman(payload))
+
+
+def unpacked(artifact: bytes) -> tuple[bytes, bytes]:
+    """What is before the payload, and the payload."""
+    content = lzma.decompress(artifact)
+    end = 8 + struct.unpack("<I", content[4:8])[0]
+    return content[:end], zlib.decompress(content[end:], -15)
 
 
 def test_every_bit_flip_under_a_valid_checksum_fails_cleanly_or_loads(smallest, tmp_path):
     """Whoever writes an artifact can write its checksum too: the header and numbers may be any."""
-    content, results = lzma.decompress(smallest[1]), []
-    header_end = 8 + struct.unpack("<I", content[4:8])[0]
+    (start, payload), results = unpacked(smallest[1]), []
+    content, coded = start + payload, start + huffman(payload)
     with time_limit(60):
-        for place in [*range(header_end), *range(header_end, len(content), 37)]:
+        for place in [*range(len(start)), *range(len(start), len(content), 37)]:
             flipped = bytearray(content)
             flipped[place] ^= 1 << (place % 5)  # the low bits make other letters and digits
-            results.append(outcome(tmp_path / "a", packed(bytes(flipped))))
+            parts = bytes(flipped[: len(start)]), bytes(flipped[len(start) :])
+            results.append(outcome(tmp_path / "a", packed(*parts)))
+        for place in range(len(start), len(coded), 37):
+            flipped = bytearray(coded)
+            flipped[place] ^= 1 << (place % 8)
+            results.append(outcome(tmp_path / "a", lzma.compress(bytes(flipped))))
     assert "loads" not in results[:6], "magic and length are checked"
     assert "loads" in results
     assert len(set(results)) > 20
@@ -344,16 +358,19 @@ def read_hostile_files(runtime, hp: Hyperparameters, artifact: bytes, folder: st
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     results, path = {}, Path(folder) / "artifact"
     for name, header in hostile_headers(hp).items():
-        content = b"SGR1" + struct.pack("<I", len(header)) + header
+        content = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header
         for kind, payload in (("", b""), (" with bytes", bytes(100_000))):
             since = time.perf_counter()
-            results[name + kind] = outcome(path, packed(content + payload))
+            results[name + kind] = outcome(path, packed(content, payload))
             assert time.perf_counter() - since < 10, name
-    start = lzma.decompress(artifact)
+    start, weights = unpacked(artifact)
+    stretched = start + zlib.compress(weights + bytes(1 << 27), wbits=-15)
     for name, data in {
-        "bomb": packed(bytes(1 << 26)) * 3,  # 192 MiB in a few KiB
-        "bomb of a header": packed(b"SGR1" + struct.pack("<I", 2**32 - 1) + bytes(1 << 26)),
-        "bomb behind the weights": packed(start + bytes(1 << 27)),
+        "bomb": lzma.compress(bytes(1 << 26)) * 3,  # 192 MiB in a few KiB
+        "bomb of a header": lzma.compress(ARTIFACT_MAGIC + b"\xff" * 4 + bytes(1 << 26)),
+        "bomb behind the weights": lzma.compress(stretched),
+        "bomb behind the code": lzma.compress(start + huffman(weights) + bytes(1 << 27)),
+        "code without an end": lzma.compress(start + huffman(weights)[:-1]),
         "dictionary of 4 GiB": with_largest_dictionary(artifact),
         "text": b"artifact",
         "nothing": b"",
