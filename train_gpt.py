@@ -212,10 +212,11 @@ class Hyperparameters:
         cut = f"seq_len_schedule={self.seq_len_schedule}"
         divide = f"parts divide train_seq_len={T} (0.0:1 cuts nothing)"
         endless = self.iterations is None and self.max_wallclock_seconds is None
-        rule = "starts rise from 0 and are below 1"
+        rule, run = "starts rise from 0 and are below 1", self.run_id or "x"
         require_all(
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
-            (Path(self.run_id or "x").name == (self.run_id or "x"), "run_id: no folders, a name"),
+            (Path(run).name == run and len(run) <= 200, "run_id: a name, no folders, up to 200"),
+            (self.seed < 1 << 63, f"seed={self.seed} must be below {1 << 63}"),
             (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
             (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T}"),
             (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
@@ -271,6 +272,7 @@ class Hyperparameters:
 
 def parse_value(kind: Any, text: str) -> Any:
     """The text of a flag or variable as the annotated type. Raises ValueError or KeyError."""
+    text = text.rstrip("\r\n")  # a variable may end as a Windows editor ends lines
     options, word = get_args(kind), text.strip().lower()
     if kind is bool:
         return {"0": False, "false": False, "1": True, "true": True}[word]
@@ -552,9 +554,10 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
 def check_tokenizer(hp: Hyperparameters, path: Path) -> str:
     """The tokenizer's sha256. Raises UserError if the model or the shards were made with another.
 
-    The shards' is in the manifest that data/prepare_text.py writes beside them."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest, shards = Path(hp.data_path) / "manifest.json", None
+    The shards' is in the manifest that data/prepare_text.py writes beside them, or lies there."""
+    digest, folder = hashlib.sha256(path.read_bytes()).hexdigest(), Path(hp.data_path)
+    manifest, beside = folder / "manifest.json", folder / "tokenizer.model"
+    shards = hashlib.sha256(beside.read_bytes()).hexdigest() if beside.is_file() else None
     try:
         shards = json.loads(manifest.read_bytes())["tokenizer"]["sha256"]
     except (FileNotFoundError, KeyError, TypeError):
@@ -1513,7 +1516,7 @@ def run_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     hp, average = trainer.hp, trainer.average
     names = ("seed", "train_batch_tokens", "weight_average")
     fixed = hp.architecture() | {name: getattr(hp, name) for name in names}
-    fixed |= {"data": trainer.data.facts[0]["fingerprint"]}
+    fixed |= {f"{f['split']} data": f["fingerprint"] for f in trainer.data.facts}
     del fixed["eval_passes"]  # training does not depend on it
     tensors = {"data": trainer.flat.data, "momentum": trainer.optimizer.momentum}
     tensors |= {"ema": average.ema, "swa": average.swa}
@@ -2088,7 +2091,8 @@ def model_limit(hp: Hyperparameters) -> int:
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Writes a file that is either whole or not there."""
+    """Writes a file, through links, that is either whole or not there."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -2128,9 +2132,6 @@ def log_header(hp: Hyperparameters, sources: Mapping[str, str], runtime: Runtime
     for name in [name for name in texts if name not in defaults]:
         log.event("config", name=name, value=texts[name], source=sources[name])
     log.event("defaults", **defaults)
-    if not runtime.on_gpu and not hp.evaluate and hp.model_dim * hp.num_layers > 4096:
-        text = "a model of this size takes minutes a step on a CPU: --env scripts/demo.env is small"
-        log.event("warning", text=text)
 
 
 def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
@@ -2145,6 +2146,9 @@ def build_model(hp: Hyperparameters, runtime: Runtime, log: Log) -> GPT:
     fused = fuses_mlp(runtime.device, runtime.dtype, model.mlp_up_bank.shape[1:])
     facts |= {"fused_mlp": int(fused), "compile": "on" if runtime.compiles else "off"}
     log.event("model", **facts)
+    if not runtime.on_gpu and facts["parameters"] * hp.train_batch_tokens > 1e11:
+        text = "a step of this size may take minutes on a CPU: --env scripts/demo.env is small"
+        log.event("warning", text=text)
     return model
 
 

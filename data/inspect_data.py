@@ -33,8 +33,10 @@ try:
     from data.shards import split_bytes
     from data.tokenizer import check_token_bytes
     from train_gpt import (
+        Hyperparameters,
         TokenBytes,
         UserError,
+        check_tokenizer,
         data_fingerprint,
         find_data_shards,
         load_tokenizer,
@@ -149,7 +151,9 @@ def inspect(args: argparse.Namespace) -> None:
         except UserError as error:
             faults.append(str(error))
     require(not faults, "\n  ".join(faults))
-    tokenizer = load_tokenizer(find_tokenizer(args.folder, args.tokenizer))
+    path = find_tokenizer(args.folder, args.tokenizer)
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(Hyperparameters(data_path=str(args.folder)), path)
     histogram = 0
     for name, paths in splits.items():
         text, counts = describe_split(name, paths, tokenizer)

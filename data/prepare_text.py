@@ -96,13 +96,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         "--normalization is of a tokenizer to train; the one of --tokenizer has its own",
     )
     if args.tokenizer:
+        require(args.tokenizer.is_file(), f"--tokenizer {args.tokenizer}: no such file")
         check_tokenizer(load_tokenizer(args.tokenizer), args.tokenizer, args.allow_unknown)
     else:
         args.normalization = args.normalization or "nmt_nfkc"
 
 
+def read_separator(text: str) -> str:
+    """With line breaks as they are read from a file, whatever its line ends."""
+    return text.replace("\\r", "").replace("\\n", "\n").replace("\r", "")
+
+
 def open_inputs(args: argparse.Namespace, paths: list[Path]) -> TextFiles:
-    separator = args.separator and args.separator.replace("\\r", "").replace("\\n", "\n")
+    separator = args.separator and read_separator(args.separator)
     return TextFiles(find_inputs(paths), args.text_key, separator, args.stdin_format)
 
 

@@ -95,6 +95,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
     is removed. Raises UserError at once if the place cannot be taken.
     """
     target = Path(os.path.realpath(output))
+    held = target.is_dir() and any(target.iterdir())
     require(
         target.exists() or not output.is_symlink(),
         f"--output {output} is a link to {target}, which does not exist: make that folder, or "
@@ -116,6 +117,8 @@ def staged_folder(output: Path) -> Iterator[Path]:
         if target.exists():
             check_movable(target, aside, output)
         yield folder
+        filled = not held and target.is_dir() and any(target.iterdir())
+        require(not filled, f"--output {output} was filled meanwhile: choose another folder")
         put_in_place(folder, target, aside / "replaced")
     finally:
         shutil.rmtree(aside, ignore_errors=True)

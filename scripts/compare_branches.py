@@ -183,6 +183,8 @@ def compare(
     """
     runtime = train_gpt.Runtime.start(hp)
     # Of all branches, so that a mistake in the last one is told before the first one trains.
+    for _, branch in branches:
+        train_gpt.check_paths(branch)
     opened = [train_gpt.open_data(branch, runtime) for _, branch in branches]
     try:
         folder.mkdir(parents=True)

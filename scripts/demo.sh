@@ -15,7 +15,7 @@ use_venv
 install requirements.txt
 
 if [ ! -f data/datasets/demo/manifest.json ]; then
-  python data/prepare_text.py --source python-docs --output data/datasets/demo --vocab-size 1024
+  child python data/prepare_text.py --source python-docs --output data/datasets/demo --vocab-size 1024
 fi
 read_env scripts/demo.env
 # OpenMP's threads spin while they wait, by default so long that a step beside two busy
@@ -23,7 +23,7 @@ read_env scripts/demo.env
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 export RUN_ID="${RUN_ID:-demo_$(date +%Y%m%d_%H%M%S)}"
 child python train_gpt.py "$@"
-python scripts/inspect_logs.py "${OUTPUT_DIR:-logs}/$RUN_ID.txt" --baselines
+child python scripts/inspect_logs.py "${OUTPUT_DIR:-logs}/$RUN_ID.txt" --baselines
 echo "What it writes:"
-python scripts/sample.py "${OUTPUT_DIR:-logs}/$RUN_ID.int6.xz" "The function returns" --tokens 80
+child python scripts/sample.py "${OUTPUT_DIR:-logs}/$RUN_ID.int6.xz" "The function returns" --tokens 80
 echo "demo: $SECONDS seconds in all"

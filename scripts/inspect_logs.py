@@ -624,8 +624,11 @@ def baselines(run: Run) -> dict[str, float]:
         import sentencepiece
 
         tokenizer = sentencepiece.SentencePieceProcessor()
-        tokenizer.Load(run.config["tokenizer_path"])
+        tokenizer.LoadFromSerializedProto(Path(run.config["tokenizer_path"]).read_bytes())
         train, val = (read_tokens(Path(run.config["data_path"]), s) for s in ("train", "val"))
+        logged = [e.number("tokens") for e in run.all("data")]
+        if logged and logged != [len(train), len(val)]:
+            raise ValueError("they are not those of the run any more")
         counts = np.bincount(train, minlength=tokenizer.vocab_size()) + 1.0
         bits = float(-np.log2(counts / counts.sum())[val[1:]].sum())
         text = tokenizer.Decode([i for i in val.tolist() if not tokenizer.IsControl(i)]).encode()
@@ -667,6 +670,8 @@ def gaps(runs: Sequence[Run]) -> list[str]:
         if run.missing:
             lines.append(f"{run.path} is missing: {'; '.join(run.missing)}")
         lines += [f"{run.path}: {problem}" for problem in run.problems]
+        warnings = [event.pairs.get("text") for event in run.all("warning")]
+        lines += [f"{run.path} warns: {text}" for text in warnings]
     return lines
 
 
@@ -721,6 +726,8 @@ def write_tensorboard(paths: Sequence[Path], folder: Path, follow: bool) -> None
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise LogError("--tensorboard needs a package: pip install tensorboard") from None
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise LogError(f"--tensorboard {folder}: its name is no UTF-8: choose another folder")
     written: set[tuple[str, str, int]] = set()
     writers = {}
     print(f"show them: tensorboard --logdir {folder}", flush=True)
@@ -822,7 +829,8 @@ def in_words(error: OSError) -> str:
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a script's `main` and exits with its code, on any terminal and into any pipe."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's choice stays
+            signal.signal(number, leave)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a script's choice for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):

@@ -26,7 +26,6 @@ import bz2
 import hashlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,8 @@ try:
     import python_minifier
 except ImportError:
     sys.exit("error: python-minifier is missing: pip install -r requirements.txt")
+
+from inspect_logs import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,6 +263,8 @@ def main(argv: Sequence[str]) -> int:
     except Difference as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise  # run_command's
     except OSError as error:
         print(f"error: {error.filename or output}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -269,8 +272,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # An exception, so that subprocess.run ends the trainer that it started.
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

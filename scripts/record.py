@@ -448,7 +448,7 @@ def package(args: argparse.Namespace) -> Path:
         readme = checked_readme(submission, runs, [path.name for path in pictures])
         texts = {SUBMISSION: to_json(submission), README: f"{readme}\n{notes}\n"}
         for name, text in (texts | {REQUIREMENTS: requirements(runs[0])}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8", errors="replace")
         errors = check(folder)
         if errors:
             raise RecordError("\n".join(errors))

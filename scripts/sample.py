@@ -68,7 +68,11 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
     train_gpt.require_all(
         (right, f"--passes {args.passes}: write numbers from 1 to 64, such as 1,2,3"),
         (args.tokens >= 1, f"--tokens {args.tokens}: must be at least 1"),
-        (args.temperature >= 0, f"--temperature {args.temperature}: must be at least 0"),
+        (0 <= args.seed < 1 << 63, f"--seed {args.seed}: must be from 0 to {(1 << 63) - 1}"),
+        (
+            args.temperature == 0 or args.temperature >= 1e-3,
+            f"--temperature {args.temperature}: must be 0, or at least 0.001",
+        ),
         (args.top_k >= 0, f"--top-k {args.top_k}: must be at least 0"),
         (0 < args.top_p <= 1, f"--top-p {args.top_p}: must be above 0 and at most 1"),
     )

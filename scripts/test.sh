@@ -10,5 +10,5 @@ install tests/requirements.txt
 
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+child python -m pytest "$@"
 python scripts/record.py check --all

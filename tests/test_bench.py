@@ -216,7 +216,8 @@ def test_branches_say_what_is_wrong(branches, tmp_path, capsys):
         (["--branch", "num_passes=x"], "--branch 'num_passes=x': num_passes=x"),
         (["--branch", "num_passes=65"], "passes are 1..64"),
         (["--at", "1"], "must be at least 0 and below 1"),
-        (["--data-path", str(tmp_path)], "holds no fineweb_train"),
+        (["--data-path", "nowhere", "--tokenizer-path", "x"], "data_path=nowhere holds no"),
+        (["--data-path", "nowhere", "--tokenizer-path", "x"], "tokenizer_path=x is missing"),
     ):
         assert branches(*arguments) == 2
         assert text in capsys.readouterr().err

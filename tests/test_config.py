@@ -36,6 +36,7 @@ def test_the_file_of_a_windows_editor_reads_like_any_other(tmp_path):
     file.write_bytes((lines + 'export RUN_ID="a b"\r\n').encode())
     hp, _ = read_configuration({}, ["--env", str(file)])
     assert (hp.data_path, hp.seed, hp.run_id) == ("größe/a=b", 5, "a b")
+    assert read_configuration({"RUN_ID": "a b\r"}, [])[0].run_id == "a b"
 
 
 def test_a_file_that_is_no_list_of_settings_is_refused(tmp_path):
@@ -133,6 +134,8 @@ def test_a_misspelt_flag_gets_a_suggestion_and_an_abbreviated_one_is_refused():
         ({"VOCAB_SIZE": "65537"}, "vocab_size"),
         ({"RUN_ID": "../x"}, "run_id"),
         ({"RUN_ID": "a/b"}, "run_id"),
+        ({"RUN_ID": "a" * 201}, "up to 200"),
+        ({"SEED": str(1 << 63)}, f"seed={1 << 63} must be below"),
         ({"SWA_LR_SCALE": "inf"}, "swa_lr_scale=inf"),
     ],
 )

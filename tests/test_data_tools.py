@@ -208,6 +208,7 @@ def test_every_format_gives_the_same_shards(prepare, tmp_path, tokenizers, monke
         monkeypatch.setattr(documents, "READ_CHARS", 1009)  # separators lie across reads
         assert prepare(tmp_path / name, *flags, output=f"from-{name}") == 0
         assert shards_of(tmp_path / f"from-{name}") == shards_of(tmp_path / "jsonl")
+    flags[-1] = "\r\n\r\n@@\r\n"  # as its author would copy it from a file of Windows
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(plain)))
     assert prepare("-", *flags, output="stdin") == 0
     assert shards_of(tmp_path / "stdin") == shards_of(tmp_path / "jsonl")
@@ -371,7 +372,7 @@ def test_refuses_bad_arguments_and_tokenizers(prepare, tmp_path, tokenizers, cap
 
     refuses("INPUT")
     refuses("does not exist", tmp_path / "missing.txt")
-    refuses("missing", path, "--tokenizer", tmp_path / "missing.model")
+    refuses("no such file", path, "--tokenizer", tmp_path / "missing.model")
     refuses("no SentencePiece", path, "--tokenizer", path)
     refuses("no byte fallback", path, "--tokenizer", tokenizers / "no-fallback")
     refuses("space inside", path, "--tokenizer", tokenizers / "crossing")
@@ -457,6 +458,15 @@ def test_output_is_followed_through_links_and_checked_before_the_work(
     monkeypatch.setattr(Path, "rename", busy)
     assert prepare(path, output="mount") == 2
     assert "mount point" in capsys.readouterr().err
+
+    def fills(self, *_):
+        (tmp_path / "late" / "mine").mkdir(parents=True)
+        return {"splits": {}}
+
+    monkeypatch.setattr(prepare_text.Preparation, "run", fills)
+    assert prepare(path, output="late") == 2
+    assert "was filled meanwhile" in capsys.readouterr().err
+    assert (tmp_path / "late" / "mine").exists()
     assert not list(tmp_path.glob(".*partial*"))
 
 
@@ -621,6 +631,11 @@ def test_inspect_says_what_is_there_and_what_is_wrong(prepare, tmp_path, tokeniz
     assert "(100.000%)" in said
     assert inspect_data.main(["--tokenizer", str(tokenizers / "field"), *inspect]) == 2
     assert "which" in capsys.readouterr().err
+    model = (out / "tokenizer.model").read_bytes()
+    (out / "tokenizer.model").write_bytes(model + b"\xc0\x3e\x01")  # reads the same
+    assert inspect_data.main(inspect) == 2
+    assert "is not the shards'" in capsys.readouterr().err
+    (out / "tokenizer.model").write_bytes(model)
     bad = write_shard(out / "fineweb_train_000001.bin", [399, 400])
     assert inspect_data.main(inspect) == 2
     assert "holds token 400" in capsys.readouterr().err

@@ -263,21 +263,21 @@ class Execute:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("change", ["seed", "data"])
+@pytest.mark.parametrize("change", ["seed", "train data", "val data"])
 def test_a_run_does_not_go_on_with_another_seed_or_other_data(
     interrupted, start, base, corpus, tmp_path, change
 ):
     """And the refusal costs nothing: with its own settings it still goes on."""
     changes = {"SEED": "8"}
-    if change == "data":
+    if change != "seed":
         shutil.copytree(corpus.data_path, tmp_path / "other")
-        first, second = sorted((tmp_path / "other").glob("fineweb_train_*"))
+        first, second = sorted((tmp_path / "other").glob(f"fineweb_{change.split()[0]}_*"))
         second.replace(first)
         changes = {"DATA_PATH": str(tmp_path / "other")}
     before = checkpoints(interrupted)
     done = start("--resume", base=base, folder=interrupted, RUN_ID="run", **changes).finish()
     assert done.code == 2
-    text = r"error: resume: the checkpoint is of another run: (\w+)=(\w+) \(was (\w+)\)"
+    text = r"error: resume: the checkpoint is of another run: ([\w ]+)=(\w+) \(was (\w+)\)"
     name, new, old = re.search(text, done.printed).groups()
     assert name == change
     assert new != old

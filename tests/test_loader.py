@@ -151,6 +151,10 @@ def test_a_tokenizer_that_is_not_the_shards_is_refused(folder, tiny, runtime):
     manifest.unlink()
     another = refusal(replace(hp, tokenizer_sha256=own[::-1]), runtime)
     assert "is not the model's, whose sha256 is" in another
+    named = folder / "named.model"  # another file that reads the same: one more field
+    named.write_bytes((folder / "tokenizer.model").read_bytes() + b"\xc0\x3e\x01")
+    other = refusal(replace(hp, tokenizer_path=str(named)), runtime)
+    assert f"named.model is not the shards', whose sha256 is {own}" in other
     for path in folder.glob("*.bin"):
         write_shard(path, open_data_shard(path).clip(max=159))  # of a tokenizer of 160 pieces
     assert "has 320 pieces, the shards' largest token is 159" in refusal(hp, runtime)

@@ -394,11 +394,19 @@ def test_baselines_need_no_test_time_training(corpus, tmp_path, capsys):
     settings = corpus.settings | {"ttt_enabled": False, "sliding_eval": False}
     text = complete_log(1, text_bytes=900, **settings)
     text = re.sub("(?m)^(legal_ttt|final_int6_sliding|ttt_chunk).*\n", "", text)
+    for split in ("train", "val"):
+        count = len(inspect_logs.read_tokens(corpus.data_path, split))
+        text = re.sub(
+            f"split:{split} shards:\\d+ tokens:\\d+", f"split:{split} tokens:{count}", text
+        )
     path = write_log(tmp_path, text)
     assert inspect_logs.main([path, "--baselines", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)["baselines"]
     assert 0.5 < found["lzma"] < 8
     assert found["unigrams"] > 1
+    changed = write_log(tmp_path, re.sub(r"split:val tokens:\d+", "split:val tokens:5", text))
+    assert inspect_logs.main([changed, "--baselines"]) == 2
+    assert "not those of the run any more" in capsys.readouterr().err
     for line in ("--baselines needs numpy", "--baselines: cannot read the data"):
         with pytest.MonkeyPatch.context() as patch:
             if "needs" in line:
@@ -425,6 +433,19 @@ def test_any_terminal_will_do(tmp_path):
     )
     assert b"Traceback" not in done.stderr
     assert b"Exception" not in done.stderr
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    code = (
+        "import os, signal, inspect_logs\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "def main(argv):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    return 7\n"
+        "inspect_logs.run_command(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts")
+    assert done.returncode == 7
 
 
 @pytest.mark.parametrize("name", ["inspect_logs.py", "plot_logs.py", "record.py"])
@@ -516,6 +537,7 @@ def test_tensorboard_shows_what_the_log_says(tmp_path):
         log.write_text(text.replace(line, f"{line}\n{detail}"))
     board = tmp_path / "board"
     assert inspect_logs.main([*map(str, logs), "--tensorboard", str(board)]) == 0
+    assert inspect_logs.main([*map(str, logs), "--tensorboard", "a\udcff"]) == 2
     shown = read_board(board / "a" / "x")
     assert shown == read_board(board / "b" / "x")
     assert shown["train/loss"] == [(step, 2.5) for step in range(5, 41, 5)]

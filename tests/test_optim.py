@@ -499,8 +499,10 @@ def test_validation_and_warm_up_change_nothing(trainer):
     """The weights are bit-identical, and validations are scored."""
     plain, other = trainer(iterations=8), trainer(iterations=8, val_loss_every=3, warmup_steps=5)
     finish(plain)
-    state, weights = torch.get_rng_state(), other.flat.data.clone()
+    state, weights, shown = torch.get_rng_state(), other.flat.data.clone(), []
+    other.log.progress = shown.append
     other.warm_up(evaluator_of(other))
+    assert shown == [f"warm-up: step {i} of 6" for i in range(1, 7)], "one for each kind of step"
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(other.flat.data, weights)
     assert other.flat.grad.count_nonzero() == 0

@@ -116,6 +116,8 @@ def test_what_is_to_be_said_is_said_and_not_refused(source, tmp_path, capsys):
         assert text in remarks
         assert f"note: {text}\n" in printed
         assert f"\n- {text}\n" in readme
+    assert inspect_logs.main([str(path)]) == 0
+    assert f"{path} warns: no room\n" in capsys.readouterr().out
     path.rename(source / "train_seed3.log").write_text(resumed(20))
     again = package(source, tmp_path / "again")
     assert "seed 3: interrupted, and resumed after step 20" in (again / "README.md").read_text()
@@ -135,6 +137,13 @@ def test_settings_are_compared_and_repeated_exactly(source, tmp_path, capsys):
     assert "    MATRIX_LR=0.02512341 \\\n" in readme
     assert "    DATA_PATH='my data' \\\n" in readme
     assert "--nproc_per_node=8 records/track_non_record_16mb/2026-01-02_A_name_2nd/" in readme
+
+
+def test_a_folder_whose_name_is_no_utf8_can_be_packaged(source, tmp_path):
+    for seed in (1, 2, 3):
+        text = complete_log(seed).replace("/x source", "/%FF source")
+        (source / f"train_seed{seed}.log").write_text(text)
+    assert record.check(package(source, tmp_path / "records")) == []
 
 
 def test_what_cannot_be_packaged_leaves_nothing(source, tmp_path, capsys):

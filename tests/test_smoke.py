@@ -12,10 +12,10 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import METRICS, ROOT, SETTINGS, Finished, corpus_paths, steps, write_shard
+from conftest import METRICS, ROOT, SETTINGS, Finished, Lines, corpus_paths, steps, write_shard
 
 import train_gpt
-from train_gpt import Hyperparameters, Log, UserError
+from train_gpt import Hyperparameters, Log, UserError, build_model, write_aside
 
 PAIR = re.compile(r"[a-z0-9_]+:\S+")
 LONG_FLOAT = {"MATRIX_LR": "0.025123412345678"}
@@ -155,6 +155,23 @@ def test_the_log_keeps_its_grammar_and_says_what_ran(first, variables):
     assert len(last["residual_scale"].split(",")) == 2
     assert float(last["feedback_norm"].split(",")[2]) > 0
     assert all(line in first.printed for line in lines)
+
+
+def test_a_step_that_takes_minutes_on_a_cpu_is_announced(tiny, runtime):
+    """By its work: the model's parameters times the tokens of a step."""
+    for tokens, count in ((1 << 12, 0), (1 << 24, 1)):
+        log = Lines()
+        build_model(tiny(train_batch_tokens=tokens), runtime, log)
+        assert len(log.of("warning")) == count
+
+
+def test_a_file_is_written_through_a_link(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "there" / "file"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    write_aside(link, b"x")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"x"
 
 
 def test_settings_read_back_equal(first, variables):
