@@ -212,13 +212,14 @@ class Hyperparameters:
         cut = f"seq_len_schedule={self.seq_len_schedule}"
         divide = f"parts divide train_seq_len={T} (0.0:1 cuts nothing)"
         endless = self.iterations is None and self.max_wallclock_seconds is None
+        whole = max(1, batch // T) * T
         rule, run = "starts rise from 0 and are below 1", self.run_id or "x"
         require_all(
             (not endless, "iterations, max_wallclock_seconds: set one, or training never ends"),
             (Path(run).name == run and len(run) <= 200, "run_id: a name, no folders, up to 200"),
             (self.seed < 1 << 63, f"seed={self.seed} must be below {1 << 63}"),
             (bool(self.run_id) or not self.resume, "resume: name the run that goes on, --run-id"),
-            (batch % T == 0, f"train_batch_tokens={batch}: use {max(1, batch // T) * T}"),
+            (batch % T == 0, f"train_batch_tokens={batch}: no whole windows, use {whole}"),
             (self.micro_batch_tokens >= T, f"micro_batch_tokens: must hold a window of {T} tokens"),
             (T <= 1 << 20, f"train_seq_len={T} must be at most {1 << 20}"),
             ((self.vocab_size or 0) <= 65_536, "vocab_size: token ids are 16 bits wide"),
@@ -306,7 +307,8 @@ def read_env_file(path: str) -> dict[str, str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"env={path} cannot be read ({error}): name a text file") from None
+        why = getattr(error, "strerror", None) or "it is no UTF-8"
+        raise UserError(f"env={path} cannot be read ({why}): name a text file") from None
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
     foreign = [line[:40] for line in lines if "=" not in line]
     require(not foreign, f"env={path} has a line that is no NAME=VALUE: {foreign[:1]}")
@@ -340,7 +342,7 @@ def read_configuration(
                 values[name] = parse_value(kinds[name], str(text))
                 sources[name] = source
             except (ValueError, KeyError):
-                rule = rules[name].replace("Literal", "one of ")
+                rule = rules[name].replace("Literal", "one of ").replace(" | None", " or none")
                 errors.append(f"{name}={text} ({source}) is no {rule}")
     if "train_batch_tokens" not in values:
         T = max(1, values.get("train_seq_len", 2048))
@@ -435,7 +437,7 @@ class Log:
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         """Raises UserError."""
         self.path, self.file, self.since = path, None, time.perf_counter()
-        self.has_results = resume  # else the file of a run that fails is removed
+        self.has_results = path is not None and path.exists()  # else a run that fails removes it
         if path is None:
             return
         try:
@@ -565,7 +567,8 @@ def check_tokenizer(hp: Hyperparameters, path: Path) -> str:
     except (OSError, ValueError, RecursionError):
         raise UserError(f"data_path: {manifest} is damaged: prepare the data again") from None
     for owner, right in (("model's", hp.tokenizer_sha256), ("shards'", shards)):
-        text = f"tokenizer_path={path} is not the {owner}, whose sha256 is {right}: use that one"
+        remedy = "prepare the data with that one, and name it"
+        text = f"tokenizer_path={path} is not the {owner}, whose sha256 is {right}: {remedy}"
         require(right in (None, digest), text)
     return digest
 
@@ -2054,15 +2057,19 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
     run_id = runtime.from_main(hp.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{hp.seed}")
     suffixes = (".txt", ".int6.xz", ".checkpoints")
     log, artifact, checkpoints = (Path(hp.output_dir) / f"{run_id}{end}" for end in suffixes)
+    written = log.read_bytes() if log.is_file() else b""
+    # A run that a signal ended goes on, if it can; then the artifact that it exported is replaced.
+    early = b" interrupted:1" in written[written.rfind(b"\nstop ") :]
+    goes_on = hp.resume and early and any(checkpoints.glob("step_*.pt"))
     kept = (artifact,) if hp.resume else (log, artifact, checkpoints)
-    kept = (log,) if hp.evaluate else kept
+    kept = (log,) if hp.evaluate else () if goes_on else kept
     existing = runtime.from_main([str(path) for path in kept if path.exists()])
     also = {str(artifact): f", or score it again with --evaluate {artifact}"}
     also |= {str(checkpoints): ", or go on from its checkpoint with --resume"}
     remedy = "choose another run_id" + next((also[path] for path in also if path in existing), "")
     require(not existing, f"run_id: {', '.join(existing)} would be overwritten: {remedy}")
     # A finished run's artifact may lie elsewhere: its folder's disk was full.
-    done = log.is_file() and b"\nartifact " in log.read_bytes() and hp.resume
+    done = b"\nartifact " in written and hp.resume and not goes_on
     text = f"run_id: {log} is of a finished run, which is not resumed"
     require(not runtime.from_main(done), f"{text}: choose another run_id")
     return log, artifact, checkpoints

@@ -138,11 +138,12 @@ class TextFiles:
                 yield from cut(document, MAX_DOCUMENT_CHARS)
         except UnicodeDecodeError as error:
             before = error.object[max(0, error.start - 30) : error.start].decode(errors="replace")
+            before = f"after {before!r}" if before else "at the start of a read"
             marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             likely = "UTF-16" if error.object.startswith(marks) else "LATIN1"
             raise UserError(
-                f"{where}: byte 0x{error.object[error.start]:02x} after {before!r} is not UTF-8: "
-                f"convert the file, e.g. with iconv -f {likely} -t UTF-8"
+                f"{where}: byte 0x{error.object[error.start]:02x} {before} is not UTF-8: convert "
+                f"the file, with iconv -f {likely} -t UTF-8 if that is what it is"
             ) from None
 
     def plain_documents(self, stream: TextIO, where: str) -> Iterator[str]:

@@ -184,7 +184,9 @@ def report(manifest: dict[str, Any]) -> str:
                 f"them {lost:,} bytes ({lost / split['text_bytes']:.2%}) are not scored"
             )
     changes = manifest["normalization_changes"]
-    most = ", ".join(f"{c} {n:,}" for c, n in list(changes["lost_characters"].items())[:8])
+    names = {"U+0020": "spaces", "U+000A": "line breaks", "U+0009": "tabs"}
+    lost = list(changes["lost_characters"].items())[:8]
+    most = ", ".join(f"{n:,} {names.get(c, c)}" for c, n in lost)
     rows.append(f"tokenizer: {manifest['tokenizer']['pieces']:,} pieces")
     if changes["documents"]:
         rows.append(

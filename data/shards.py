@@ -110,7 +110,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
             f"--output {output}: its folder cannot be written ({error.strerror}): choose another"
         ) from None
     for leftover in leftovers:
-        note(f"note: {leftover} is left from a run that was killed; remove it if none is at work")
+        note(f"note: {leftover} is of another run, at work now or killed: remove it if killed")
     try:
         folder = aside / "new"
         folder.mkdir()

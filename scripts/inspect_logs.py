@@ -675,6 +675,18 @@ def gaps(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def gaps_of_base(runs: Sequence[Run], base: Sequence[Run]) -> list[str]:
+    """What the reader of a comparison must know of the base: steps, their time, settings."""
+
+    def pace(of: Sequence[Run]) -> str:
+        milliseconds = [ms for run in of for ms in list(run.step_ms().values())[:1]]
+        counts = ", ".join(str(run.steps) for run in of)
+        return f"{counts} steps, of {statistics.fmean(milliseconds or [0]):.1f} ms at first"
+
+    same = f"{pace(runs)}; the base {pace(base)}"
+    return [same, *unlike([runs[0], base[0]]), *gaps(base)]
+
+
 def run_differences(first: Run, run: Run) -> list[str]:
     """In what two runs are not seeds of one configuration that went as far."""
     one, two = ([passes for _, passes in r.growth] for r in (first, run))
@@ -801,7 +813,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         runs, base = read_runs(args.logs), read_base(args)
         comparison = compare(runs, base) if base else None
-        of_base = gaps(read_runs(args.against)) if args.against else []
+        of_base = gaps_of_base(runs, read_runs(args.against)) if args.against else []
         others = baselines(runs[0]) if args.baselines else {}
     except LogError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -449,6 +449,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for path in written:
         print(path)
+    if not written:
+        print("error: nothing to draw: name logs of train_gpt.py", file=sys.stderr)
+        return 2
     for name in lacking:
         print(f"{name}.png is not drawn: the logs have no data for it")
     for run in runs:

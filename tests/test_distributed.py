@@ -332,6 +332,27 @@ def test_a_finished_run_whose_artifact_lies_elsewhere_is_not_resumed(start, base
     assert (folder / f"{run_id}.txt").read_bytes() == before
 
 
+def test_a_run_that_a_signal_ended_goes_on_if_it_has_a_checkpoint(start, base, run_of, tmp_path):
+    """Its artifact, of half the steps, stays until that of the whole run takes its place."""
+    stop = (signal_at, 6, signal.SIGINT)
+    often = base | {"CHECKPOINT_SECONDS": "0.001", "RUN_ID": "run"}
+    assert start(base=often, folder=tmp_path, prepare=stop).finish().code == 5
+    half = (tmp_path / "run.int6.xz").read_bytes()
+    late = (signal_at, 9, signal.SIGKILL)
+    start("--resume", base=often, folder=tmp_path, prepare=late).wait()
+    assert (tmp_path / "run.int6.xz").read_bytes() == half
+    same_run(start("--resume", base=often, folder=tmp_path).finish(), run_of(1)[0])
+    assert start("--resume", base=often, folder=tmp_path).finish().code == 2, "it is finished"
+
+
+def test_a_run_that_a_signal_ended_without_a_checkpoint_stays(start, base, tmp_path):
+    stop = (signal_at, 6, signal.SIGINT)
+    assert start(base=base, folder=tmp_path, prepare=stop, RUN_ID="run").finish().code == 5
+    before = contents(tmp_path)
+    done = start("--resume", base=base, folder=tmp_path, RUN_ID="run").finish()
+    assert (done.code, contents(tmp_path)) == (2, before)
+
+
 def test_a_resumed_run_without_a_checkpoint_says_that_it_begins_anew(start, base, run_of, tmp_path):
     done = start("--resume", base=base, folder=tmp_path, RUN_ID="run").finish()
     assert "no%20whole%20checkpoint" in done.log("run")

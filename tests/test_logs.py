@@ -289,7 +289,9 @@ def test_a_run_that_a_signal_ended_is_no_whole_run(tmp_path, capsys):
     text = "3.log is missing: the rest of training, which a signal ended at step 40"
     assert text in capsys.readouterr().out
     assert inspect_logs.main([*logs, "--against", ended]) == 0
-    assert text in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "40, 40 steps, of 10.0 ms at first; the base " in said
+    assert text in said
     assert inspect_logs.main([logs[0], ended]) == 0
     assert "3.log differ in train data (" in capsys.readouterr().out
 
@@ -510,6 +512,9 @@ def test_configurations_are_told_by_their_passes_and_settings():
 
 
 def test_pictures_say_what_they_need(tmp_path, monkeypatch, capsys):
+    nothing = write_log(tmp_path, "run run_id:x\n", "nothing.log")
+    assert plot_logs.main([nothing, "-o", str(tmp_path)]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write_log(tmp_path, complete_log(1))
     assert plot_logs.main([path, "-o", str(tmp_path)]) == 2

@@ -208,6 +208,11 @@ def test_a_run_without_results_leaves_no_log(tmp_path):
     assert log.path.read_text() == "failed text:it%20broke\n"
     with pytest.raises(UserError, match=r"x\.txt"):
         Log(tmp_path / "x.txt")
+    log.file.close()  # its lock
+    for name, stays in (("x.txt", True), ("y.txt", False)):  # a resumed run that fails
+        log = Log(tmp_path / name, resume=True)
+        log.abandon(ValueError())
+        assert log.path.exists() == stays
 
 
 # ------------------------------------------------------------------------------------------- limits
