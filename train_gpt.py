@@ -53,8 +53,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 from urllib.parse import quote
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
+if __name__ == "__main__":
+    # OpenMP's threads spin while they wait: beside two busy programs that made a step on a CPU four
+    # times as long, with this bound twice (records/NOTES.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
 
 try:
     import numpy as np

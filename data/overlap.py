@@ -116,11 +116,15 @@ class ValidationIndex:
         share = np.bincount(self.owners, weights=seen, minlength=documents) / np.maximum(total, 1)
         sampled = f" (1 in {1 << self.sample_shift} looked at)" if self.sample_shift else ""
         repeated = documents - len(np.unique(self.documents))
+        near = seen.sum() > 0.01 * len(seen)
+        verdict = "clean"
+        if near or self.document_seen.any():
+            verdict = "not clean, so scores on it flatter: leave out copies, or give --val-input"
         return (
             f"overlap: {self.document_seen.sum():,} of {documents:,} validation documents are "
             f"training documents, {repeated:,} repeat within validation\n"
             f"  {seen.sum():,} of {len(seen):,} runs of {SHINGLE_TOKENS} validation tokens"
             f"{sampled} occur in training ({seen.sum() / max(len(seen), 1):.3%})\n"
             f"  {(share > 0).sum():,} documents have such a run; in {(share >= 0.5).sum():,} half "
-            "of all runs are such"
+            f"of all runs are such\n  the split is {verdict}"
         )

@@ -18,9 +18,6 @@ if [ ! -f data/datasets/demo/manifest.json ]; then
   child python data/prepare_text.py --source python-docs --output data/datasets/demo --vocab-size 1024
 fi
 read_env scripts/demo.env
-# OpenMP's threads spin while they wait, by default so long that a step beside two busy
-# programs takes four times as long; with this, twice. An idle machine is as fast (records/NOTES.md).
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 export RUN_ID="${RUN_ID:-demo_$(date +%Y%m%d_%H%M%S)}"
 child python train_gpt.py "$@"
 child python scripts/inspect_logs.py "${OUTPUT_DIR:-logs}/$RUN_ID.txt" --baselines

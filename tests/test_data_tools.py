@@ -622,6 +622,7 @@ def test_inspect_says_what_is_there_and_what_is_wrong(prepare, tmp_path, tokeniz
             assert f"{value:,}" in said
         assert split["fingerprint"] in said
     assert "overlap: 0 of" in said
+    assert "the split is clean" in said
     # A validation shard is copied among the training shards.
     count = len(find_data_shards(out, "train"))
     shutil.copy(out / "fineweb_val_000000.bin", out / f"fineweb_train_{count:06d}.bin")
@@ -629,6 +630,7 @@ def test_inspect_says_what_is_there_and_what_is_wrong(prepare, tmp_path, tokeniz
     said, documents = capsys.readouterr().out, splits["val"]["documents"]
     assert f"overlap: {documents} of {documents} validation documents are training" in said
     assert "(100.000%)" in said
+    assert "the split is not clean" in said
     assert inspect_data.main(["--tokenizer", str(tokenizers / "field"), *inspect]) == 2
     assert "which" in capsys.readouterr().err
     model = (out / "tokenizer.model").read_bytes()
