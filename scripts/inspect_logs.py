@@ -220,8 +220,10 @@ class Run:
         return before[-1] if before else None
 
     def passes_scored(self) -> int | None:
-        """Passes of the last evaluation, by its line or else by the settings."""
-        logged = self.last(SCORES[self.final or "ttt"]).pairs.get("passes")
+        """Passes of the last evaluation, by its line or else by the settings; None without one."""
+        if not self.scores:
+            return None
+        logged = self.last(SCORES[list(self.scores)[-1]]).pairs.get("passes")
         planned = self.config.get("passes_schedule", "").rpartition(":")[2]
         found = (logged, self.config.get("eval_passes"), self.config.get("num_passes"), planned)
         return next((int(t) for t in found if t and re.fullmatch("[0-9]{1,9}", t)), None)
@@ -768,7 +770,7 @@ def write_tensorboard(paths: Sequence[Path], folder: Path, follow: bool) -> None
 
 def parse_figure(text: str) -> Spread:
     """`1.1163` or `1.1163,0.0013,3`: mean bpb, its deviation over seeds, how many seeds."""
-    match = re.fullmatch(r"(\d+\.?\d*)(?:,(\d*\.?\d+),([1-9]\d{0,8}))?", text)
+    match = re.fullmatch(r"(\d+\.?\d*)(?:,(\d*\.?\d+),([2-9]|[1-9]\d{1,8}))?", text)
     if not match or not 0 < float(match[1]) < 100:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no figure: write the mean bpb, or mean,std,n such as 1.1163,0.0013,3"

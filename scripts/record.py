@@ -434,8 +434,11 @@ def package(args: argparse.Namespace) -> Path:
     target = RECORDS / submission["track"] / folder_name(submission)
     if target.exists() and not args.replace:
         raise RecordError(f"{target} exists: choose another --name, or --replace it")
-    if target.exists() and read_submission(target / SUBMISSION).get("name") != args.name:
+    old = read_submission(target / SUBMISSION) if target.exists() else {"name": args.name}
+    if old.get("name") != args.name:
         raise RecordError(f"{target} is a record of another name: choose another --name")
+    if args.blurb == BLURB:
+        submission["blurb"] = old.get("blurb", BLURB)
     notes = read_notes(args.notes) if args.notes else notes_of(target)
     RECORDS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=RECORDS) as scratch:
@@ -461,9 +464,12 @@ def package(args: argparse.Namespace) -> Path:
 
 def read_notes(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8").strip()
     except UnicodeError:
         raise RecordError(f"--notes: {path} is no text in UTF-8: convert it") from None
+    if re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+        raise RecordError(f"--notes: {path} has control characters: remove them")
+    return text
 
 
 def notes_of(folder: Path) -> str:
@@ -588,8 +594,10 @@ def content_errors(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
     """What in submission.json, README.md and requirements.txt does not follow from the logs."""
     found, pictures = read_submission(folder / SUBMISSION), pictures_in(folder)
     check_identity(found)
+    sums = file_sums([*(run.path for run in runs), *pictures])
+    yield from sum_errors(found.get("files"), sums)
     expected = build_submission(runs, found, str(found.get("track")), base_in(found))
-    expected["files"] = file_sums([*(run.path for run in runs), *pictures])
+    expected["files"] = sums
     readme = checked_readme(expected, runs, [path.name for path in pictures])
     texts = {SUBMISSION: to_json(expected), REQUIREMENTS: requirements(runs[0]), README: readme}
     for name, text in texts.items():
@@ -600,6 +608,18 @@ def content_errors(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
     place = f"{expected['track']}/{folder_name(expected)}"
     if f"{folder.parent.name}/{folder.name}" != place:
         yield f"the folder must be {place}, by its track, date and name"
+
+
+def sum_errors(named: Any, there: Mapping[str, str]) -> Iterator[str]:
+    """Which logs and pictures are not those that were packaged; named: name to sha256."""
+    named = named if isinstance(named, dict) else {}
+    for name in sorted(named.keys() | there.keys()):
+        if name not in there:
+            yield f"{name} is missing: it was packaged"
+        elif name not in named:
+            yield f"{name} was not packaged"
+        elif named[name] != there[name]:
+            yield f"{name} is not the file that was packaged"
 
 
 def difference(found: bytes, expected: str) -> str:

@@ -19,8 +19,9 @@
 #
 # The script is minified first, and that file is what runs. A seed whose log is in DIR is not run
 # again, so the same command after an interruption goes on at the first missing seed: from its last
-# checkpoint, if CHECKPOINT_SECONDS or ON_SIGNAL=checkpoint had it write one, else from its start;
-# what it had logged is then moved to DIR/interrupted. Other settings are environment variables.
+# checkpoint, which a signal in training (ON_SIGNAL=checkpoint, the default here) or
+# CHECKPOINT_SECONDS had it write, else from its start; what it had logged is then moved to
+# DIR/interrupted. Other settings are environment variables.
 # SIGTERM, SIGHUP and SIGINT end the run that was started. To outlive the terminal:
 #   setsid nohup bash scripts/run_seeds.sh >seeds.txt 2>&1 &
 set -euo pipefail
@@ -76,12 +77,15 @@ fi
 echo $$ >"$pid_file"
 child=""
 trap 'rm -rf "$pid_file" "$output/new"' EXIT
-# "wait" comes back at a signal, so the trap runs at once; the run ends before this script does.
+# "wait" comes back at a signal, so the trap runs at once; the run ends before this script does. What
+# comes second is passed on too: it ends a run that still exports and scores.
 end() {
-    trap '' INT TERM HUP
-    [ -z "$child" ] || kill "$child" 2>/dev/null
-    wait
-    echo "stopped: the same command goes on, from the seed's last checkpoint if there is one" >&2
+    trap 'kill "$child" 2>/dev/null || true' INT TERM HUP
+    if [ -n "$child" ]; then
+        kill "$child" 2>/dev/null || true
+        while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    fi
+    echo "stopped: the same command goes on at this seed, from its last checkpoint if there is one" >&2
     exit "$1"
 }
 trap 'end 130' INT
@@ -112,7 +116,8 @@ rmdir "$output/new"
 # another --script only the flags are known.
 settings="$*"
 [ -n "$given" ] || settings=$("$python" - "$@" <<'PYTHON'
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
 sys.path.insert(0, ".")
 import train_gpt
 own = {"seed", "run_id", "output_dir", "resume"}  # chosen for each seed
@@ -135,7 +140,9 @@ fi
 echo "$settings" >"$output/settings"
 
 if [ -z "$nproc" ]; then
-    nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    count='import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
+import torch; print(max(1, torch.cuda.device_count()))'
+    nproc=$("$python" -c "$count")
 fi
 launch=()
 [ "$nproc" = 1 ] || launch=(-m torch.distributed.run --standalone --nproc_per_node="$nproc")
@@ -173,6 +180,7 @@ for seed in $seeds; do
     elif [ -e "$output/running/$run.txt" ]; then
         mkdir -p "$output/interrupted"
         kept=$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$
+        echo "seed $seed: starts anew, what an interrupted run left moves to $kept.*"
         for old in "$output/running/$run".*; do # the log, checkpoints, perhaps an artifact
             mv "$old" "$kept.${old##*.}"
         done
@@ -182,7 +190,7 @@ for seed in $seeds; do
     # (set -m), so that Ctrl-C does not reach the run a second time.
     set -m
     SEED=$seed RUN_ID=$run OUTPUT_DIR=$output/running RESUME=$resume \
-        "$python" ${launch[@]+"${launch[@]}"} "$script" "$@" &
+        ON_SIGNAL=${ON_SIGNAL:-checkpoint} "$python" ${launch[@]+"${launch[@]}"} "$script" "$@" &
     child=$!
     set +m
     wait "$child" || {

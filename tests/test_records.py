@@ -287,9 +287,9 @@ REFUSALS = {
     "log with CRLF": (edit(SEED2, "\n", "\r\n"), '"train_seed2.log": "'),
     "step deleted": (edit(SEED2, STEP_LINE, "step:10/40 train_loss:2.4 "), '"train_seed2.log": "'),
     "junk": (edit(SEED2, STEP_LINE, f"??\n{STEP_LINE}"), "is damaged"),
-    "other picture": (put("loss.png", "other"), '"loss.png": "'),
-    "no picture": (remove("loss.png"), '"loss.png": "'),
-    "one more picture": (put("more.png", ""), '"more.png": "'),
+    "other picture": (put("loss.png", "other"), "loss.png is not the file that was packaged"),
+    "no picture": (remove("loss.png"), "loss.png is missing: it was packaged"),
+    "one more picture": (put("more.png", ""), "more.png was not packaged"),
     "headline": (edit("README.md", "**val_bpb 2.02", "**val_bpb 1.02"), "**val_bpb 1.02"),
     "command": (edit("README.md", "L=True", "L=False"), "SLIDING_EVAL=False"),
     "section": (edit("README.md", "## Run", "## Results\n\n## Run"), "## Results"),
@@ -451,7 +451,7 @@ def test_an_interrupted_seed_goes_on_or_runs_again(env_file, tmp_path):
         while not (log.exists() and "\nstep:20/" in log.read_text()):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert "from the seed's last checkpoint" in process.communicate()[0]
+        assert "goes on at this seed, from its last checkpoint" in process.communicate()[0]
         assert process.returncode == 130
         printed, _ = run_seeds(env_file, output, *options).communicate()
     assert "\nresume step:" in printed
