@@ -980,21 +980,23 @@ class GPT(nn.Module):
         """Those whose names begin so, in the table's order; none where the part is turned off."""
         return tuple(p for name, p in self.named_parameters() if name.startswith(part))
 
-    def layers(self, qat_floor: Tensor | None) -> list[Layer]:
-        """The weights of each unique layer; with `qat_floor`, the core's are fake-quantized."""
+    def layers(self, floors: Mapping[str, Tensor] | None) -> list[Layer]:
+        """The weights of each unique layer; with `floors`, the core's are fake-quantized."""
         hp, L = self.hp, self.hp.num_layers
         core = [hp.core_start, hp.core_end - hp.core_start, L - hp.core_end]
 
-        def by_layer(bank: Tensor) -> Tensor:  # (N, rows, cols) -> (N/L, L, rows, cols)
-            w = bank.unflatten(0, (-1, L))
-            if qat_floor is None:
+        def by_layer(bank: str) -> Tensor:  # (N, rows, cols) -> (N/L, L, rows, cols)
+            w = self.get_parameter(bank).unflatten(0, (-1, L))
+            if floors is None:
                 return w
             before, scope, after = w.split(core, dim=1)
-            stored = fake_quantize(any_size(scope.flatten(0, 2)), qat_floor).view_as(scope)
-            return torch.cat([before, stored, after], dim=1)
+            floor = floors[bank].unflatten(0, (-1, L)).split(core, dim=1)[1].flatten()
+            floor = floor.repeat_interleave(scope.size(2))[:, None]  # of each row
+            stored = fake_quantize(any_size(scope.flatten(0, 2)), any_size(floor))
+            return torch.cat([before, stored.view_as(scope), after], dim=1)
 
-        (q, out), (k, v) = by_layer(self.qo_bank), by_layer(self.kv_bank)
-        [up], [down] = by_layer(self.mlp_up_bank), by_layer(self.mlp_down_bank)
+        (q, out), (k, v) = by_layer("qo_bank"), by_layer("kv_bank")
+        [up], [down] = by_layer("mlp_up_bank"), by_layer("mlp_down_bank")
         depth = self.depth[:, None, None]
         qkv, out = depth * torch.cat([q, k, v], dim=1), self.attn_scale[..., None] * out
         up, down = depth * up, self.mlp_scale[..., None] * down
@@ -1015,14 +1017,14 @@ class GPT(nn.Module):
         return values
 
     def hidden(
-        self, ids: Tensor, num_passes: int, qat_floor: Tensor | None = None
+        self, ids: Tensor, num_passes: int, floors: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Stability]:
         """ids (B, T) int32 -> the tail's output (B, T, D), and the stability of the passes."""
         hp, T = self.hp, ids.size(1)
         rope = (self.cos[:T], self.sin[:T], hp.rope_dims // 2)
         bigram, feedback = self.parameters_of("bigram_"), self.parameters_of("feedback_")
         x0 = embed(any_size(ids), self.tok_emb, bigram, self.smear_gate, self.dtype)
-        layers, values = self.layers(qat_floor), self.value_embeddings(ids)
+        layers, values = self.layers(floors), self.value_embeddings(ids)
 
         def run(x: Tensor, start: int, end: int, skips: Sequence = (), keep: int = 1) -> list:
             part = slice(start, end)
@@ -1043,12 +1045,13 @@ class GPT(nn.Module):
 
     def forward(
         self, ids: Tensor, targets: Tensor, num_passes: int,
-        qat_floor: Tensor | None = None, score_last: int | None = None,
+        floors: Mapping[str, Tensor] | None = None, score_last: int | None = None,
     ) -> tuple[Tensor, Stability]:  # fmt: skip
         """ids, targets (B, T) int32 -> the losses in nats (B, T) float32, and the stability.
 
-        score_last: score only so many last positions -> (B, score_last)."""
-        x, stability = self.hidden(ids, num_passes, qat_floor)
+        floors: of each bank's matrices (N, 1, 1), for QAT. score_last: score only so many last
+        positions -> (B, score_last)."""
+        x, stability = self.hidden(ids, num_passes, floors)
         if score_last:
             x, targets = x[:, -score_last:], targets[:, -score_last:]
         scored = any_size(x.flatten(0, 1)), any_size(targets.flatten())
@@ -1169,6 +1172,16 @@ class Optimizer:
                 work.wait()
         squares = torch.stack([g.square().sum() for g in self.bank_grads.values()]).sum()
         return (runtime.sum_(squares) + self.rest.square().sum()).sqrt()
+
+    def matrix_squares(self) -> dict[str, Tensor]:
+        """The mean squared gradient of each of a bank's matrices (N, 1, 1), once reduced."""
+        found, rank, world_size = {}, self.runtime.rank, self.runtime.world_size
+        for bank, grads in self.bank_grads.items():
+            squares = grads.new_zeros(world_size, len(grads))
+            squares[rank] = grads.square().mean((1, 2))
+            squares = self.runtime.sum_(squares).flatten()
+            found[bank] = squares[: self.flat.shapes[bank][0], None, None]
+        return found
 
     @torch.no_grad()
     def step(self, norm: Tensor, lr_scale: float, momentum: float) -> None:
@@ -1358,25 +1371,26 @@ class Trainer:
         self.plan: StepPlan | None = None  # of the last step
         self.phase_start = 0  # the step that first had as many passes as the last one
         self.floor_index: int | None = None  # of QAT, once it has begun
+        self.squares = self.optimizer.matrix_squares()  # of the last steps; zeros before
         self.norm_sent: tuple[Tensor, torch.cuda.Event | None, int] | None = None  # to the host
 
     def accumulate(
-        self, batch: Tensor, passes: int, floor: Tensor | None = None, cuts: int = 1
+        self, batch: Tensor, passes: int, floors: dict | None = None, cuts: int = 1
     ) -> Tensor:
         """Gradients of this rank's windows (B, T+1), each cut into so many sequences; returns sums
         for the log: nats, text bytes, proxy, then growth, update and feedback of each pass, times
         B. Short sequences first: Li et al. 2022 (arXiv 2108.06084); attention costs less."""
-        return self.limit.run(partial(self.accumulate_parts, batch, passes, floor, cuts))
+        return self.limit.run(partial(self.accumulate_parts, batch, passes, floors, cuts))
 
     def accumulate_parts(
-        self, batch: Tensor, passes: int, floor: Tensor | None, cuts: int, at_once: int
+        self, batch: Tensor, passes: int, floors: dict | None, cuts: int, at_once: int
     ) -> Tensor:
         hp = self.hp
         self.flat.grad.zero_()
         sums = torch.zeros(3 + 3 * passes, device=self.runtime.device)
         for part in near_equal_parts(batch, at_once):
             ids, targets = (t.reshape(cuts * len(part), -1) for t in (part[:, :-1], part[:, 1:]))
-            losses, stability = self.model(ids, targets, passes, floor)
+            losses, stability = self.model(ids, targets, passes, floors)
             nats, proxy = losses.sum(), stability.jacobian_proxy.sum() / cuts
             weighted = hp.jacobian_proxy_weight * proxy / hp.batch_seqs
             (nats / hp.train_batch_tokens + weighted).backward()
@@ -1393,14 +1407,14 @@ class Trainer:
         hp, flat, runtime, kept = self.hp, self.flat, self.runtime, self.flat.data.clone()
         generator = torch.Generator().manual_seed(hp.seed)
         random = partial(torch.randint, hp.vocab_size, generator=generator, dtype=torch.int32)
-        optimizer, floor = Optimizer(flat, hp, runtime), torch.ones((), device=runtime.device)
+        optimizer, floors = Optimizer(flat, hp, runtime), step_floors(0, self.squares)
         kinds = step_kinds(hp)
         steps = max(hp.warmup_steps, len(kinds)) if hp.warmup_steps else 0
         for i in range(steps):
             self.log.progress(f"warm-up: step {i + 1} of {steps}")
             batch = random(self.data.loader.shape).to(runtime.device)
             passes, cuts, qat = kinds[i * len(kinds) // steps]
-            self.accumulate(batch, passes, floor if qat else None, cuts)
+            self.accumulate(batch, passes, floors if qat else None, cuts)
             optimizer.step(optimizer.reduce(), 1.0, 0.9)
         if steps and runtime.compiles:
             text = random((hp.ttt_chunk_tokens + 2 * hp.train_seq_len,)).numpy()
@@ -1446,7 +1460,7 @@ class Trainer:
     def take_step(self, progress: float) -> tuple[Tensor, Tensor]:
         """One optimizer update; returns what `accumulate` does, and the gradient's norm."""
         before, plan = self.plan, plan_step(self.hp, self.step, progress)
-        self.plan, at, floor = plan, {"step": self.step, "progress": progress}, None
+        self.plan, at, floors = plan, {"step": self.step, "progress": progress}, None
         if before is None or plan.num_passes != before.num_passes:
             self.phase_start = self.step
             self.log.event("progressive_passes", **at, num_passes=plan.num_passes)
@@ -1455,14 +1469,17 @@ class Trainer:
         if plan.swa and not (before and before.swa) and self.average.swa is not None:
             self.log.event("swa", **at)
         if plan.qat and self.floor_index is None:
-            guess = estimate_floor_index(self.flat.named(self.flat.data), model_limit(self.hp))
+            weights, limit = self.flat.named(self.flat.data), model_limit(self.hp)
+            guess = estimate_floor_index(weights, self.squares, limit)
             self.floor_index = index = self.runtime.from_main(guess)
             self.log.event("late_qat", **at, floor_index=index, floor=floor_value(index))
         if plan.qat:
-            floor = torch.full((), floor_value(self.floor_index), device=self.runtime.device)
+            floors = step_floors(self.floor_index, self.squares)
         batch = self.data.loader.batch(self.step)
-        sums = self.accumulate(batch, plan.num_passes, floor, plan.cuts)
+        sums = self.accumulate(batch, plan.num_passes, floors, plan.cuts)
         norm = self.optimizer.reduce()
+        if plan.swa:
+            self.squares = self.optimizer.matrix_squares()
         self.optimizer.step(norm, plan.lr_scale, plan.momentum)
         self.average.update(progress, plan.swa)
         self.step += 1
@@ -1543,6 +1560,7 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> bool:
         return runtime.from_main(None)
     fixed, tensors = run_state(trainer)
     state = {"settings": fixed, "adam": trainer.optimizer.adam.state_dict()}
+    state["squares"] = trainer.squares
     state |= {name: getattr(trainer, name) for name in COUNTS}
     state |= {name: getattr(trainer.average, name) for name in SAMPLES}
     state["tensors"] = {kind: flat.named(t.to("cpu", copy=True)) for kind, t in tensors.items()}
@@ -1587,6 +1605,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     for kind, tensor in tensors.items():
         for name, view in trainer.flat.named(tensor).items():
             view.copy_(state["tensors"][kind][name])
+    trainer.squares = {b: s.to(tensors["data"].device) for b, s in state["squares"].items()}
     adam.load_state_dict(adam.state_dict() | {"state": state["adam"]["state"]})
     for owner, names in ((trainer, COUNTS), (average, SAMPLES)):
         for name in names:
@@ -1645,6 +1664,18 @@ def floor_value(index: int) -> float:
     return 2.0 ** (-index / FLOOR_STEPS_PER_OCTAVE)
 
 
+def step_floors(index: int, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The finest quantization step of each of a bank's matrices (N, 1, 1): on average that of
+    `index`, times F^(-1/2) of a matrix whose mean squared gradient is F (0: not known).
+
+    To round a matrix with step s costs about F s^2, F its Fisher information, and a bit a weight
+    halves s: bits are spent best where F s^2 is equal. F^(-1/2) is bounded to [1/4, 4]. That such
+    traces differ by matrix but hardly by seed: PR 1412."""
+    usual = torch.cat([s.flatten() for s in squares.values()]).log().mean().exp()
+    shares = {bank: (s / usual).clamp(1 / 16, 16).rsqrt() for bank, s in squares.items()}
+    return {bank: floor_value(index) * share.nan_to_num(1.0) for bank, share in shares.items()}
+
+
 def storage_levels(name: str, shape: Sequence[int]) -> int:
     """Largest integer that a tensor is quantized to: 31 (int6), 127 (int8), or 0 for float16."""
     int8 = len(shape) == 2 and math.prod(shape) > SMALL_TENSOR
@@ -1660,14 +1691,13 @@ def payload_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
     return total
 
 
-def pack(tensors: Mapping[str, Tensor], floor: float) -> bytes:
+def pack(tensors: Mapping[str, Tensor], floors: Mapping[str, Tensor]) -> bytes:
     """Every tensor in order: its row scales in float16, then integers as unsigned bytes."""
-    parts = []
+    parts, finest = [], torch.tensor(floor_value(FINEST_FLOOR_INDEX))
     for name, w in tensors.items():
         levels = storage_levels(name, w.shape)
         if levels:
-            least = floor if levels == INT6_LEVELS else floor_value(FINEST_FLOOR_INDEX)
-            scale = row_scales(w, levels, torch.tensor(least, device=w.device))
+            scale = row_scales(w, levels, floors.get(name, finest).to(w.device))
             parts += [scale.half(), (quantize(w, scale, levels) + levels).to(torch.uint8)]
         else:
             parts.append(w.half())
@@ -1697,18 +1727,20 @@ def huffman(data: bytes) -> bytes:
     return coder.compress(data) + coder.flush()
 
 
-def compress(header: Mapping[str, Any], tensors: Mapping[str, Tensor], floor_index: int) -> bytes:
+def compress(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], floors: Mapping[str, Tensor]
+) -> bytes:
     """The artifact: xz( magic, header length, JSON header, huffman(payload) )."""
     text = json.dumps(header, separators=(",", ":")).encode()
     start = ARTIFACT_MAGIC + len(text).to_bytes(4, "little") + text
-    return lzma.compress(start + huffman(pack(tensors, floor_value(floor_index))), preset=0)
+    return lzma.compress(start + huffman(pack(tensors, floors)), preset=0)
 
 
-def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
+def entropy_bytes(tensors: Mapping[str, Tensor], floors: Mapping[str, Tensor]) -> float:
     """Bytes of the artifact if banks were coded at their entropy: close to it, and at once."""
     total = float(payload_bytes({n: w.shape for n, w in tensors.items()}))
-    for w in (tensors[name] for name in BANKS):
-        scale = row_scales(w, INT6_LEVELS, torch.tensor(floor, device=w.device))
+    for w, floor in ((tensors[name], floors[name]) for name in BANKS):
+        scale = row_scales(w, INT6_LEVELS, floor)
         integers = (quantize(w, scale, INT6_LEVELS) + INT6_LEVELS).to(torch.uint8).flatten()
         share = torch.bincount(integers, minlength=2 * INT6_LEVELS + 1).double() / w.numel()
         bits = torch.special.entr(share).sum().item() / math.log(2)
@@ -1716,27 +1748,35 @@ def entropy_bytes(tensors: Mapping[str, Tensor], floor: float) -> float:
     return total
 
 
-def estimate_floor_index(tensors: Mapping[str, Tensor], limit_bytes: float) -> int:
+def estimate_floor_index(
+    tensors: Mapping[str, Tensor], squares: Mapping[str, Tensor], limit_bytes: float
+) -> int:
     """The finest floor whose estimated size fits: where the export's search starts, and QAT's."""
-    indices = range(1, FINEST_FLOOR_INDEX + 1)
-    return bisect.bisect(indices, limit_bytes, key=lambda i: entropy_bytes(tensors, floor_value(i)))
+    size = lambda i: entropy_bytes(tensors, step_floors(i, squares))  # noqa: E731
+    return bisect.bisect(range(1, FINEST_FLOOR_INDEX + 1), limit_bytes, key=size)
 
 
-def export(hp: Hyperparameters, tensors: Mapping[str, Tensor], path: Path, log: Log) -> Path:
+def export(
+    hp: Hyperparameters, tensors: Mapping[str, Tensor], squares: Mapping[str, Tensor],
+    path: Path, log: Log,
+) -> Path:  # fmt: skip
     """Writes an artifact that fits beside the code, close to the finest; returns where it lies.
 
-    Its size is estimated, and the estimate corrected twice. Raises UserError if none fits."""
-    limit, attempt = model_limit(hp), cache(partial(compress, hp.architecture(), tensors))
+    squares: see step_floors. The size is estimated, and the estimate corrected twice. Raises
+    UserError if none fits."""
+    limit, step = model_limit(hp), 1
 
-    def size_at(index: int) -> int:
-        log.event("export_probe", floor_index=index, artifact_bytes=len(attempt(index)))
-        return len(attempt(index))
+    @cache
+    def attempt(index: int) -> bytes:
+        data = compress(hp.architecture(), tensors, step_floors(index, squares))
+        log.event("export_probe", floor_index=index, artifact_bytes=len(data))
+        return data
 
-    budget, step = limit, 1
+    budget = limit
     for _ in range(2):
-        budget *= limit / size_at(estimate_floor_index(tensors, budget))
-    finest = estimate_floor_index(tensors, budget)
-    while (model := size_at(finest)) > limit and finest:
+        budget *= limit / len(attempt(estimate_floor_index(tensors, squares, budget)))
+    finest = estimate_floor_index(tensors, squares, budget)
+    while (model := len(attempt(finest))) > limit and finest:
         finest, step = max(0, finest - step), 2 * step
     fits, code = model <= limit, hp.artifact_limit_bytes - limit
     target = path if fits else path.with_suffix(".oversize.xz")
@@ -2195,7 +2235,8 @@ def train(
     log.phase("pre_quant_evaluation")
     if trainer.runtime.is_main:
         tensors = trainer.flat.named(trainer.flat.data)
-        artifact = export(replace(hp, eval_passes=passes), tensors, artifact, log)
+        scored = replace(hp, eval_passes=passes)
+        artifact = export(scored, tensors, trainer.squares, artifact, log)
     log.phase("export")
     score = f"--evaluate {artifact} --data-path {hp.data_path}"
     stop.advice, stop.farewell = "", f": score {artifact} with {score} and the same settings"

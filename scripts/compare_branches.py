@@ -139,8 +139,9 @@ def score(trainer: Trainer, evaluator: Evaluator) -> tuple[float, float]:
     passes = trainer.average_weights()
     losses = evaluator.run("pre_quant_exact", model, hp.train_seq_len, passes)
     weights = flat.named(flat.data)
-    index = train_gpt.estimate_floor_index(weights, train_gpt.model_limit(hp))
-    payload = train_gpt.pack(weights, train_gpt.floor_value(index))
+    squares, limit = trainer.squares, train_gpt.model_limit(hp)
+    index = train_gpt.estimate_floor_index(weights, squares, limit)
+    payload = train_gpt.pack(weights, train_gpt.step_floors(index, squares))
     for name, stored in train_gpt.unpack(payload, flat.shapes).items():
         weights[name].copy_(stored)
     int6_losses = evaluator.run("quantized_estimate", model, hp.train_seq_len, passes)

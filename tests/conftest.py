@@ -156,6 +156,13 @@ def random_model():
     return make
 
 
+def even_floors(hp: train_gpt.Hyperparameters, index: int) -> dict[str, torch.Tensor]:
+    """The floors of `index` where no matrix is known to matter more than another."""
+    table = train_gpt.parameter_table(hp)
+    squares = {bank: torch.zeros(table[bank].shape[0], 1, 1) for bank in train_gpt.BANKS}
+    return train_gpt.step_floors(index, squares)
+
+
 class Lines(train_gpt.Log):
     """A log that keeps its events."""
 

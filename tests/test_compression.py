@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import time_limit
+from conftest import even_floors, time_limit
 
 from train_gpt import (
     ARTIFACT_MAGIC,
@@ -35,6 +35,7 @@ from train_gpt import (
     quantize,
     read_artifact,
     row_scales,
+    step_floors,
     storage_levels,
     unpack,
 )
@@ -104,9 +105,10 @@ def test_rows_that_are_zero_or_tiny_stay_so():
 def test_fake_quantization_is_the_export_bit_for_bit(tiny, random_model):
     """QAT's forward value equals what a reader of the artifact gets; its gradient is 1."""
     model = random_model(tiny())
-    for floor in (floor_value(FINEST_FLOOR_INDEX), 1 / 31):
+    for index in (FINEST_FLOOR_INDEX, 512 * 5):
         tensors = {name: model.get_parameter(name).detach() for name in BANKS}
-        stored = unpack(pack(tensors, floor), {name: t.shape for name, t in tensors.items()})
+        floor, floors = floor_value(index), even_floors(model.hp, index)
+        stored = unpack(pack(tensors, floors), {name: t.shape for name, t in tensors.items()})
         for name in BANKS:
             for row, matrix in enumerate(model.get_parameter(name)):
                 fake = fake_quantize(matrix, torch.tensor(floor))
@@ -119,14 +121,17 @@ def test_fake_quantization_is_the_export_bit_for_bit(tiny, random_model):
 
 def test_qat_quantizes_the_matrices_of_the_core(tiny, random_model):
     model, L, layers = random_model(tiny()), 11, range(4, 7)
-    floor, p = torch.tensor(1 / 31), dict(model.named_parameters())
+    floors, p = even_floors(model.hp, 512 * 5), dict(model.named_parameters())
+    for bank in BANKS:  # another for each matrix
+        floors[bank] *= torch.linspace(0.5, 2, len(floors[bank]))[:, None, None]
     for i, (with_qat, without) in enumerate(
-        zip(model.layers(floor), model.layers(None), strict=True)
+        zip(model.layers(floors), model.layers(None), strict=True)
     ):
         for result, quantized in ((without, False), (with_qat, i in layers)):
 
             def row(bank, at, quantized=quantized):
-                return fake_quantize(p[bank][at], floor) if quantized else p[bank][at]
+                w, floor = p[bank][at], floors[bank][at, 0, 0]
+                return fake_quantize(w, floor) if quantized else w
 
             q, k, v = row("qo_bank", i), row("kv_bank", i), row("kv_bank", L + i)
             expected = {
@@ -153,7 +158,7 @@ def test_a_payload_is_read_as_it_was_written():
     shapes = {name: t.shape for name, t in tensors.items()}
     assert [storage_levels(name, shape) for name, shape in shapes.items()] == [31, 127, 0, 0, 0]
     assert shapes["small"].numel() == SMALL_TENSOR
-    payload = pack(tensors, 1 / 31)
+    payload = pack(tensors, {"qo_bank": torch.tensor(1 / 31)})
     assert len(payload) == payload_bytes(shapes)
     read = unpack(payload, shapes)
     assert list(read) == list(tensors)
@@ -171,7 +176,8 @@ def test_an_artifact_brings_back_architecture_and_weights(tiny, random_model, tm
     model = random_model(tiny(ve_layers="none", passes_schedule="0:1,0.5:2", logit_softcap=20.5))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     path = tmp_path / "a.xz"
-    path.write_bytes(compress(model.hp.architecture(), tensors, FINEST_FLOOR_INDEX))
+    floors = even_floors(model.hp, FINEST_FLOOR_INDEX)
+    path.write_bytes(compress(model.hp.architecture(), tensors, floors))
     hp, read = read_artifact(path)
     assert hp.architecture() == model.hp.architecture()
     assert list(read) == list(tensors)
@@ -198,29 +204,57 @@ def test_the_size_grows_with_the_floor_index_and_its_estimate_is_close(tiny):
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     sizes = []
     for index in (512 * 4, 512 * 5, 512 * 6, FINEST_FLOOR_INDEX):
-        sizes.append(len(compress(hp.architecture(), tensors, index)))
-        assert entropy_bytes(tensors, floor_value(index)) == pytest.approx(sizes[-1], rel=0.1)
+        floors = even_floors(hp, index)
+        sizes.append(len(compress(hp.architecture(), tensors, floors)))
+        assert entropy_bytes(tensors, floors) == pytest.approx(sizes[-1], rel=0.1)
     assert sizes == sorted(sizes)
-    assert abs(estimate_floor_index(tensors, sizes[1]) - 512 * 5) < 256
+    squares = {bank: torch.ones(len(tensors[bank]), 1, 1) for bank in BANKS}
+    assert abs(estimate_floor_index(tensors, squares, sizes[1]) - 512 * 5) < 256
     assert sizes[0] < 0.7 * sizes[-1]
+
+
+def test_steps_are_finer_where_rounding_costs_more(tiny, random_model, tmp_path, monkeypatch):
+    """F s^2 is equal within the bounds, and at equal bytes rounding costs less than evenly."""
+    model, generator = random_model(tiny(model_dim=64)), torch.Generator().manual_seed(0)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    even = {bank: torch.ones(len(tensors[bank]), 1, 1) for bank in BANKS}
+    costs = {b: (1.2 * torch.randn(s.shape, generator=generator)).exp() for b, s in even.items()}
+    floors = step_floors(2048, costs)
+    within = torch.cat([(costs[b] * floors[b] ** 2).flatten() for b in BANKS])
+    assert within.median().item() == pytest.approx((within.log().mean().exp()).item(), rel=0.01)
+    assert (within / within.median() - 1).abs().quantile(0.8) < 0.01
+    ratios = torch.cat([(floors[b] / 2.0**-4).flatten() for b in BANKS])
+    assert ratios.min() >= 0.25
+    assert ratios.max() <= 4
+    monkeypatch.setattr("train_gpt.model_limit", lambda hp: hp.artifact_limit_bytes)
+    limit, lost = len(compress({}, tensors, step_floors(512 * 3, even))), []
+    for squares in (even, costs):
+        path = tmp_path / f"{len(lost)}.int6.xz"
+        export(tiny(model_dim=64, artifact_limit_bytes=limit), tensors, squares, path, Log(None))
+        _, read = read_artifact(path)
+        errors = [costs[b] * (read[b] - tensors[b]).square() for b in BANKS]
+        lost.append(sum(e.sum().item() for e in errors))
+    assert lost[1] < 0.8 * lost[0]
 
 
 def test_export_spends_the_limit_and_never_exceeds_it(tiny, random_model, tmp_path, monkeypatch):
     model = random_model(tiny())
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     monkeypatch.setattr("train_gpt.model_limit", lambda hp: hp.artifact_limit_bytes - 5000)
-    full = len(compress(model.hp.architecture(), tensors, FINEST_FLOOR_INDEX))
-    coarse = len(compress(model.hp.architecture(), tensors, 0))
+    squares = {bank: torch.ones(len(tensors[bank]), 1, 1) for bank in BANKS}
+    header, hp = model.hp.architecture(), model.hp
+    full = len(compress(header, tensors, step_floors(FINEST_FLOOR_INDEX, squares)))
+    coarse = len(compress(header, tensors, step_floors(0, squares)))
     limit = (full + coarse) // 2
     hp = tiny(artifact_limit_bytes=5000 + limit)
     path = tmp_path / "a.int6.xz"
-    export(hp, tensors, path, Log(None))
+    export(hp, tensors, squares, path, Log(None))
     assert limit * 0.99 < path.stat().st_size <= limit
     read_artifact(path)
     hp = tiny(artifact_limit_bytes=5000 + coarse - 1)
     path = tmp_path / "b.int6.xz"
     with pytest.raises(UserError, match=r"oversize.*smaller"):
-        export(hp, tensors, path, Log(None))
+        export(hp, tensors, squares, path, Log(None))
     assert not path.exists()
     kept = tmp_path / "b.int6.oversize.xz"
     assert kept.stat().st_size == coarse
@@ -240,7 +274,7 @@ def smallest(tiny) -> tuple[Hyperparameters, bytes]:
     )  # fmt: skip
     torch.manual_seed(0)
     tensors = {name: p.detach() for name, p in GPT(hp).named_parameters()}
-    return hp, compress(hp.architecture(), tensors, FINEST_FLOOR_INDEX)
+    return hp, compress(hp.architecture(), tensors, even_floors(hp, FINEST_FLOOR_INDEX))
 
 
 def outcome(path: Path, data: bytes) -> str:

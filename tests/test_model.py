@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import plain_attention
+from conftest import even_floors, plain_attention
 from torch import library
 from torch.nn.functional import leaky_relu, linear
 
@@ -430,14 +430,14 @@ def test_compiled_functions_are_the_same_model(tiny, random_model):
         return [sum(word in names for names in graphs) for word in words]
 
     hp = tiny(num_layers=4, core_start=1, core_end=2, ve_layers="3", xsa_last_n=2)
-    model, floor = random_model(hp), torch.tensor(2.0**-8)
+    model, floors = random_model(hp), even_floors(hp, 512 * 8)
     stances = ({"stance": "force_eager"}, {"stance": "default", "force_backend": keep})
     for batch in (4, 3):
         results = []
         for stance in stances:
             model.zero_grad()
             with torch.compiler.set_stance(**stance):
-                losses, _ = model(*tokens(hp, batch), 2, floor)
+                losses, _ = model(*tokens(hp, batch), 2, floors)
                 losses.mean().backward()
             results.append([losses, *(p.grad for p in model.parameters())])
         for plain, compiled in zip(*results, strict=True):

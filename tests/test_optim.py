@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW, Lines
+from conftest import SHALLOW, Lines, even_floors
 
 import train_gpt
 from train_gpt import (
@@ -197,6 +197,7 @@ def steps_on_a_rank(runtime: Runtime, hp) -> tuple[list, np.ndarray, np.ndarray]
         flat.grad.copy_(whole * parts[runtime.rank] / parts.sum())
         norm = optimizer.reduce()
         norms.append(norm.item())
+        norms += [s.item() for squares in optimizer.matrix_squares().values() for s in squares]
         optimizer.step(norm, 1.0, 0.9)
         flat.grad.zero_()
     padding = torch.ones_like(flat.data)
@@ -400,15 +401,27 @@ def test_each_step_follows_the_plan(trainer):
     assert scales[-1] == one.model.residual_scale.tolist()
 
 
+def test_the_squares_are_those_of_the_last_steps(trainer):
+    """They are known before QAT begins, so that a resumed run rounds alike."""
+    one = trainer(iterations=10, swa_lr_scale=0.5, late_qat_threshold=0.4)
+    assert not any(squares.any() for squares in one.squares.values())
+    finish(one)
+    grads = one.flat.named(one.flat.grad)
+    for bank, squares in one.squares.items():
+        expected = grads[bank].square().mean((1, 2), keepdim=True)
+        torch.testing.assert_close(squares, expected)
+        assert squares.any()
+
+
 def test_qat_reaches_the_model(trainer):
     """A step under QAT differs from the same step without it."""
     plain, quantized = trainer(), trainer()
-    batch, floor = plain.data.loader.batch(0), torch.tensor(0.02)
+    batch, floors = plain.data.loader.batch(0), even_floors(plain.hp, 2800)
     with torch.no_grad():
         for t in (plain, quantized):
             t.flat.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
     plain.accumulate(batch, 2, None)
-    quantized.accumulate(batch, 2, floor)
+    quantized.accumulate(batch, 2, floors)
     assert (plain.flat.grad - quantized.flat.grad).norm() > 1e-4 * plain.flat.grad.norm()
 
 

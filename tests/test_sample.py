@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHALLOW
+from conftest import ROOT, SHALLOW, even_floors
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -81,7 +81,8 @@ def artifact(corpus, tiny, random_model, tmp_path_factory) -> Path:
     model = random_model(tiny(**SHALLOW, eval_passes=2))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     path = tmp_path_factory.mktemp("sample") / "run.int6.xz"
-    path.write_bytes(compress(model.hp.architecture(), tensors, FINEST_FLOOR_INDEX))
+    floors = even_floors(model.hp, FINEST_FLOOR_INDEX)
+    path.write_bytes(compress(model.hp.architecture(), tensors, floors))
     path.with_name("tokenizer.model").write_bytes(corpus.tokenizer_path.read_bytes())
     return path
 
@@ -159,7 +160,8 @@ def test_a_damaged_artifact_and_another_tokenizer_are_refused(artifact, tmp_path
     hp, tensors = read_artifact(artifact)
     for own, code in ((artifact.with_name("tokenizer.model").read_bytes(), 0), (b"another", 2)):
         pinned = hp.architecture() | {"tokenizer_sha256": hashlib.sha256(own).hexdigest()}
-        (tmp_path / "run.int6.xz").write_bytes(compress(pinned, tensors, FINEST_FLOOR_INDEX))
+        floors = even_floors(hp, FINEST_FLOOR_INDEX)
+        (tmp_path / "run.int6.xz").write_bytes(compress(pinned, tensors, floors))
         done = run(tmp_path / "run.int6.xz", "the", "--tokens", 2)
         assert (done.returncode, "is not the model's" in done.stderr) == (code, code == 2)
     done = run(artifact, "x " * 40, "--tokens", 2)

@@ -12,7 +12,17 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import METRICS, ROOT, SETTINGS, Finished, Lines, corpus_paths, steps, write_shard
+from conftest import (
+    METRICS,
+    ROOT,
+    SETTINGS,
+    Finished,
+    Lines,
+    corpus_paths,
+    even_floors,
+    steps,
+    write_shard,
+)
 
 import train_gpt
 from train_gpt import Hyperparameters, Log, UserError, build_model, write_aside
@@ -310,5 +320,6 @@ def test_bad_artifacts_end_the_evaluation_before_it_starts(launch, tmp_path, fir
     failed_cleanly(launch("--evaluate", str(tmp_path / "none.xz")), "none.xz cannot be read")
     hp = Hyperparameters(**SETTINGS, vocab_size=500)
     tensors = {name: p.detach() for name, p in train_gpt.GPT(hp).named_parameters()}
-    bad.write_bytes(train_gpt.compress(hp.architecture(), tensors, 7000))
+    floors = even_floors(hp, train_gpt.FINEST_FLOOR_INDEX)
+    bad.write_bytes(train_gpt.compress(hp.architecture(), tensors, floors))
     failed_cleanly(launch("--evaluate", str(bad)), "has 320 pieces, not vocab_size=500")
