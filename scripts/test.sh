@@ -10,5 +10,5 @@ install tests/requirements.txt
 
 ruff check .
 ruff format --check .
-child python -m pytest "$@"
 python scripts/record.py check --all
+exec python -m pytest "$@" # in place of this shell, so that a signal reaches it
