@@ -81,9 +81,11 @@ def test_the_fingerprint_tells_shards_apart(tmp_path):
     for place in (0, 4095, 9999):
         write_shard(path, np.where(np.arange(10_000) == place, 7, tokens))
         prints.add(data_fingerprint([path]))
+    write_shard(path, np.where(abs(np.arange(10_000) - 5000) < 4, 7, tokens))  # in the middle
+    prints.add(data_fingerprint([path]))
     write_shard(path, tokens[:-1])
     prints.add(data_fingerprint([path]))
-    assert len(prints) == 5
+    assert len(prints) == 6
 
 
 # ------------------------------------------------------------------------------- what is refused

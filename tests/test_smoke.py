@@ -175,6 +175,12 @@ def test_a_step_that_takes_minutes_on_a_cpu_is_announced(tiny, runtime):
         assert len(log.of("warning")) == count
 
 
+def test_a_model_beyond_all_sense_is_refused_before_it_takes_memory(tiny, runtime):
+    for changes in ({"model_dim": 1 << 32}, {"bigram_vocab_size": 1 << 40}):
+        with pytest.raises(UserError, match="bytes of weights"):
+            build_model(tiny(**changes), runtime, Lines())
+
+
 def test_a_file_is_written_through_a_link(tmp_path):
     link, target = tmp_path / "link", tmp_path / "there" / "file"
     target.parent.mkdir()
