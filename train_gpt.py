@@ -403,7 +403,6 @@ class Runtime(NamedTuple):
         return self.device.type == "cuda"
 
     def sum_(self, x: Tensor) -> Tensor:
-        """Sums `x` over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
@@ -909,8 +908,6 @@ def recurrence(
 
 
 class Parameter(NamedTuple):
-    """One row of the table of parameters."""
-
     shape: tuple[int, ...]
     group: str  # `bank` (Muon; named in BANKS), or AdamW's `table`, `projection` or `scalar`
     start: Callable[[Tensor], Any]  # sets the values at the start, in place
@@ -1346,12 +1343,10 @@ class Clock:
         return self.progress, ends, due > 0
 
     def forecast(self, passes: int) -> str:
-        """How the run goes on, in words."""
         left = min(self.cap, self.elapsed() / max(self.progress, 1e-9)) - self.elapsed()
         return f"{passes} passes, {1000 * self.recent[-1]:.0f} ms a step, {left:.0f} s left"
 
     def fields(self, step: int) -> dict[str, str]:
-        """The run's time for the log."""
         spent = 1000 * self.elapsed()
         return {"train_time": f"{spent:.0f}ms", "step_avg": f"{spent / max(1, step):.2f}ms"}
 
@@ -1479,7 +1474,7 @@ class Trainer:
         batch = self.data.loader.batch(self.step)
         sums = self.accumulate(batch, plan.num_passes, floors, plan.cuts)
         norm = self.optimizer.reduce()
-        if plan.swa:
+        if plan.swa or plan.qat:
             self.squares = self.optimizer.matrix_squares()
         self.optimizer.step(norm, plan.lr_scale, plan.momentum)
         self.average.update(progress, plan.swa)
@@ -1765,14 +1760,12 @@ def export(
 
     squares: see step_floors. The size is estimated, and the estimate corrected twice. Raises
     UserError if none fits."""
-    limit, step = model_limit(hp), 1
 
     @cache
     def attempt(index: int) -> bytes:
-        data = compress(hp.architecture(), tensors, step_floors(index, squares))
-        log.event("export_probe", floor_index=index, artifact_bytes=len(data))
-        return data
+        return compress(hp.architecture(), tensors, step_floors(index, squares))
 
+    limit, step = model_limit(hp), 1
     budget = limit
     for _ in range(2):
         budget *= limit / len(attempt(estimate_floor_index(tensors, squares, budget)))
