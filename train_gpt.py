@@ -137,11 +137,11 @@ class Hyperparameters:
     tokenizer_path: str | None = opt(None, "none: data_path's tokenizer.model, or FineWeb's")
     train_batch_tokens: int = opt(786_432, "tokens of a step; not set: 98,304 a process", 1)
     micro_batch_tokens: int = opt(98_304, "most tokens that a rank takes at once", 1)
-    seq_len_schedule: str = opt("0.0:4,0.3:2,0.6:1", "start:parts that windows are cut into, ...")
+    seq_len_schedule: str = opt("0.0:8,0.3:4,0.6:1", "start:parts that windows are cut into, ...")
 
     tokenizer_sha256: str | None = opt(None, "hash it must have; none: its own", group="model")
     vocab_size: int | None = opt(None, "pieces; none: the tokenizer's", 8)
-    train_seq_len: int = opt(2048, "tokens of a window, in training and evaluation", 8)
+    train_seq_len: int = opt(4096, "tokens of a window, in training and evaluation", 8)
     num_layers: int = opt(11, "unique layers", 1)
     model_dim: int = opt(512, "width of the residual stream", 1)
     num_heads: int = opt(4, "query heads; heads of 128 dims are faster than of 64", 1)
@@ -149,6 +149,7 @@ class Hyperparameters:
     mlp_mult: float = opt(3.0, "MLP width over model width")
     rope_dims: int = opt(32, "dims of each head that RoPE turns")
     qk_gain_init: float = opt(1.5, "start of the gain of each query head", -math.inf)
+    attention_chunk: int | None = opt(512, "tokens that layers 0, 2, ... see; none: all", 1)
     xsa_last_n: int = opt(4, "last layers with XSA (never the core's)")
     bigram_vocab_size: int = opt(512, "rows of BigramHash; 0: off")
     bigram_dim: int = opt(32, "width of BigramHash's rows", 1)
@@ -191,10 +192,10 @@ class Hyperparameters:
     artifact_limit_bytes: int = opt(16_000_000, "most bytes of code and model together", 1)
     eval_wallclock_seconds: float | None = opt(600.0, "TTT skips training to end within this")
     eval_stride: int = opt(64, "tokens that a sliding window scores", 1)
-    eval_batch_seqs: int = opt(64, "windows that a rank scores at once", 1)
+    eval_batch_seqs: int = opt(32, "windows that a rank scores at once", 1)
     sliding_eval: bool = opt(True, "score with sliding windows")
     ttt_enabled: bool = opt(True, "score with score-first test-time training")
-    ttt_lr: float = opt(0.002, "SGD's learning rate for the first chunk")
+    ttt_lr: float = opt(0.02, "SGD's learning rate for the first chunk")
     ttt_epochs: int = opt(3, "epochs over each chunk once it is scored")
     ttt_chunk_tokens: int = opt(32_768, "tokens of a chunk", 1)
     ttt_batch_seqs: int = opt(32, "most sequences of an SGD step, all ranks together", 1)
@@ -258,6 +259,10 @@ class Hyperparameters:
         """The layers with value embeddings; -1 for a word that is no number."""
         words = [] if self.ve_layers in ("", "none") else self.ve_layers.split(",")
         return tuple(int(w) if w.strip().isdecimal() else -1 for w in words)
+
+    def chunk_of(self, layer: int) -> int | None:
+        """The tokens that a layer's attention stays within; None: it sees the whole past."""
+        return None if layer % 2 or layer == self.num_layers - 1 else self.attention_chunk
 
     @property
     def schedule(self) -> tuple[tuple[float, int], ...]:
@@ -349,7 +354,7 @@ def read_configuration(
                 rule = rules[name].replace("Literal", "one of ").replace(" | None", " or none")
                 errors.append(f"{name}={text} ({source}) is no {rule}")
     if "train_batch_tokens" not in values:
-        T = max(1, values.get("train_seq_len", 2048))
+        T = max(1, values.get("train_seq_len", Hyperparameters.train_seq_len))
         tokens = 98_304 * int(env.get("WORLD_SIZE", 1))  # the recipe's 786,432 on 8 GPUs
         values["train_batch_tokens"] = max(1, tokens // T) * T
     try:
@@ -708,6 +713,7 @@ class Layer(NamedTuple):
     resid_mix: Tensor  # (2, D)
     q_gain: Tensor  # (H,)
     xsa: bool
+    chunk: int | None  # tokens that attention stays within
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -735,8 +741,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     return x * cos + torch.cat([b, a, rest], dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(E)) v of the past: q (B, T, H, E), k and v (B, T, G, E) -> q's shape."""
+def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) -> Tensor:
+    """softmax(q k' / sqrt(E)) v of the past: q (B, T, H, E), k and v (B, T, G, E) -> q's shape.
+
+    chunk: only of the past within the same chunk of so many tokens (Liu et al. 2018, arXiv
+    1801.10198)."""
+    T = q.size(1)
+    if chunk and chunk < T:
+        if T % chunk:
+            q, k, v = (F.pad(t, (0, 0, 0, 0, 0, -T % chunk)) for t in (q, k, v))
+        parts = (t.unflatten(1, (-1, chunk)).flatten(0, 1) for t in (q, k, v))
+        return attend(*parts).reshape(q.shape)[:, :T]
     if q.device.type == "cpu":  # its kernel is faster with copied heads than with grouped ones
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
@@ -759,7 +774,7 @@ def attention(x: Tensor, layer: Layer, value: Scaled | None, rope: Rope) -> Tens
     q, k, v = Heads.apply(x, layer.q_gain, *rope)  # normed heads, turned by RoPE, q times its gain
     if value is not None:
         v = v + value[1] * value[0].view_as(v)
-    y = attend(q, k, v)  # (B, T, H, E)
+    y = attend(q, k, v, layer.chunk)  # (B, T, H, E)
     y = exclude_self(y, v) if layer.xsa else y
     return F.linear(y.flatten(2), layer.out)
 
@@ -1002,7 +1017,8 @@ class GPT(nn.Module):
         parts = (qkv, out, up, down, self.resid_mix, self.q_gain)  # of a Layer, in its order
         rows = [t.to(self.dtype).unbind() for t in parts]
         xsa = [i >= L - hp.xsa_last_n and not hp.core_start <= i < hp.core_end for i in range(L)]
-        return [Layer(*row) for row in zip(*rows, xsa, strict=True)]
+        chunks = map(hp.chunk_of, range(L))
+        return [Layer(*row) for row in zip(*rows, xsa, chunks, strict=True)]
 
     def value_embeddings(self, ids: Tensor) -> list[Scaled | None]:
         """For each layer its value embeddings (modded-nanogpt) (B, T, G*E) and scale, or None."""

@@ -109,8 +109,10 @@ def build(hp: Hyperparameters, runtime: Runtime) -> tuple[Trainer, Evaluator]:
 
 def model_flops(hp: Hyperparameters, passes: int, cuts: int) -> dict[str, int]:
     """Model FLOPs of a step by part; the module's docstring says how they are counted."""
-    layers = hp.num_layers + (passes - 1) * (hp.core_end - hp.core_start)
-    weights = 0
+    ids = list(range(hp.num_layers)) + (passes - 1) * list(range(hp.core_start, hp.core_end))
+    length = hp.train_seq_len // cuts
+    seen = sum(min(length, hp.chunk_of(i) or length) for i in ids)
+    layers, weights = len(ids), 0
     for name, parameter in train_gpt.parameter_table(hp).items():
         size = math.prod(parameter.shape)
         if parameter.group == "bank":
@@ -122,7 +124,7 @@ def model_flops(hp: Hyperparameters, passes: int, cuts: int) -> dict[str, int]:
     of_token = {
         "matrices": 6 * weights,
         "head": 6 * hp.vocab_size * hp.model_dim,
-        "attention": 6 * hp.train_seq_len // cuts * hp.model_dim * layers,
+        "attention": 6 * hp.model_dim * seen,
     }
     return {part: flops * hp.train_batch_tokens for part, flops in of_token.items()}
 

@@ -30,7 +30,8 @@ torch.compiler.set_stance("force_eager")  # as the trainer itself does on a CPU
 
 SETTINGS = {
     "train_seq_len": 32, "num_layers": 11, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-    "mlp_mult": 2.0, "rope_dims": 4, "bigram_vocab_size": 32, "bigram_dim": 8, "ve_dim": 8,
+    "mlp_mult": 2.0, "rope_dims": 4, "attention_chunk": 8, "bigram_vocab_size": 32, "bigram_dim": 8,
+    "ve_dim": 8,
     "train_batch_tokens": 256, "micro_batch_tokens": 128, "iterations": 24,
     "max_wallclock_seconds": None, "eval_stride": 8, "eval_batch_seqs": 16,
     "ttt_chunk_tokens": 256, "ttt_batch_seqs": 4,
@@ -41,12 +42,14 @@ SETTINGS = {
 SHALLOW = {"num_layers": 5, "core_start": 1, "core_end": 3, "ve_layers": "3,4"}
 
 
-def plain_attention(q, k, v):
+def plain_attention(q, k, v, chunk=None):
     """The definition of train_gpt.attend, with the whole matrix of weights."""
     k, v = (t.repeat_interleave(q.size(2) // k.size(2), dim=2) for t in (k, v))
     scores = torch.einsum("bthe,bshe->bhts", q, k) / math.sqrt(q.size(-1))
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return torch.einsum("bhts,bshe->bthe", scores.masked_fill(future, -math.inf).softmax(-1), v)
+    time = torch.arange(q.size(1))
+    other = time[:, None] // chunk != time // chunk if chunk else False
+    hidden = (time[:, None] < time) | other
+    return torch.einsum("bhts,bshe->bthe", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
 
 
 # ---------------------------------------------------------------------------- text, tokens, shards

@@ -55,7 +55,8 @@ def test_the_published_settings_are_one_flag_away():
     assert published == Hyperparameters(
         passes_schedule="0.0:1,0.626:2,0.813:3", residual_scale_init=0.5,
         feedback_mode="diagonal", feedback_rank=2, jacobian_proxy_weight=0.01, num_heads=8,
-        num_kv_heads=4, rope_dims=16, seq_len_schedule="0.0:1", muon_wd=0.04,
+        num_kv_heads=4, rope_dims=16, train_seq_len=2048, attention_chunk=None,
+        seq_len_schedule="0.0:1", muon_wd=0.04,
     )  # fmt: skip
     assert published.schedule == ((0.0, 1), (0.626, 2), (0.813, 3))
     assert [name for name, source in sources.items() if source == "file"]
@@ -107,7 +108,7 @@ def test_a_misspelt_flag_gets_a_suggestion_and_an_abbreviated_one_is_refused():
     [
         ({"TRAIN_BATCH_TOKENS": "786433"}, "use 786432"),
         ({"TRAIN_BATCH_TOKENS": "100"}, "train_batch_tokens=100"),
-        ({"MICRO_BATCH_TOKENS": "2047"}, "micro_batch_tokens"),
+        ({"MICRO_BATCH_TOKENS": "4095"}, "micro_batch_tokens"),
         ({"CORE_END": "12"}, "core_end=12"),
         ({"CORE_START": "7"}, "core_start=7"),
         ({"NUM_LAYERS": "5", "VE_LAYERS": "none"}, "core_end=7"),
@@ -116,14 +117,14 @@ def test_a_misspelt_flag_gets_a_suggestion_and_an_abbreviated_one_is_refused():
         ({"ROPE_DIMS": "15"}, "rope_dims"),
         ({"ROPE_DIMS": "130"}, "rope_dims"),
         ({"BIGRAM_VOCAB_SIZE": "1"}, "bigram_vocab_size"),
-        ({"EVAL_STRIDE": "2049"}, "eval_stride"),
+        ({"EVAL_STRIDE": "4097"}, "eval_stride"),
         ({"VE_LAYERS": "9,11"}, "ve_layers=9,11"),
         ({"VE_LAYERS": "9,9"}, "ve_layers=9,9"),
         ({"VE_LAYERS": "nine"}, "ve_layers=nine"),
         ({"MAX_WALLCLOCK_SECONDS": "none"}, "max_wallclock_seconds"),
         ({"RESUME": "1"}, "run-id"),
         ({"NUM_PASSES": "0"}, "num_passes=0"),
-        ({"SEQ_LEN_SCHEDULE": "0.0:3"}, "parts divide train_seq_len=2048"),
+        ({"SEQ_LEN_SCHEDULE": "0.0:3"}, "parts divide train_seq_len=4096"),
         ({"SEQ_LEN_SCHEDULE": "0.0:0"}, "seq_len_schedule=0.0:0"),
         ({"SEQ_LEN_SCHEDULE": "0.1:2"}, "starts rise from 0"),
         ({"TRAIN_SEQ_LEN": "1002", "TRAIN_BATCH_TOKENS": "1002"}, "0.0:1 cuts nothing"),

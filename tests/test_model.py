@@ -78,15 +78,17 @@ def reference_attention(p, hp, i, x, ids):
         weight = p["ve_scale"] * p["ve_layer_scale"][hp.ve_layer_ids.index(i)]
         v = v + weight * (p["ve_table"][ids] @ p["ve_proj"].T)
     xsa = i >= L - hp.xsa_last_n and not hp.core_start <= i < hp.core_end
+    chunk = hp.attention_chunk if i % 2 == 0 and i < L - 1 else T
     y = torch.zeros(T, H * E, dtype=torch.float64)
     for h in range(H):
         g = h // (H // G)
         heads = slice(h * E, (h + 1) * E), slice(g * E, (g + 1) * E)
         for t in range(T):
+            first = t - t % chunk
             query = p["q_gain"][i, h] * turned(normed(q[t, heads[0]]), t, hp)
-            keys = [turned(normed(k[s, heads[1]]), s, hp) for s in range(t + 1)]
+            keys = [turned(normed(k[s, heads[1]]), s, hp) for s in range(first, t + 1)]
             weights = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(E), 0)
-            out = weights @ v[: t + 1, heads[1]]
+            out = weights @ v[first : t + 1, heads[1]]
             if xsa:
                 own = v[t, heads[1]] / v[t, heads[1]].norm()
                 out = out - (out @ own) * own
@@ -129,8 +131,9 @@ def reference_losses(model, ids, targets):
         {"bigram_vocab_size": 0, "ve_layers": "none", "xsa_last_n": 0},
         {"core_start": 2, "core_end": 9, "xsa_last_n": 11, "num_kv_heads": 1, "ve_layers": "0,5"},
         {"core_start": 1, "core_end": 2, "num_layers": 3, "ve_layers": "1", "rope_dims": 8},
+        {"attention_chunk": 3},
     ],
-    ids=["default", "without extras", "wide core", "three layers"],
+    ids=["default", "without extras", "wide core", "three layers", "chunks"],
 )
 def test_one_pass_is_the_plain_stack(tiny, random_model, changes):
     hp = tiny(train_seq_len=8, **changes)
@@ -145,7 +148,7 @@ def test_one_pass_is_the_plain_stack(tiny, random_model, changes):
 
 def test_rope_is_stretched_beyond_1024_tokens():
     """The base at 2,048 tokens is 22,082 for 16 dims (NTK scaling)."""
-    cos, sin = rotary_table(Hyperparameters(rope_dims=16))
+    cos, sin = rotary_table(Hyperparameters(train_seq_len=2048, rope_dims=16))
     slowest = torch.atan2(sin[1, 15], cos[1, 15]).item()
     assert slowest == pytest.approx(22_082 ** (-14 / 16), rel=1e-4)
 
@@ -274,8 +277,10 @@ def test_the_gradient_of_heads_is_their_slope(heads, pairs):
         assert (exact - rounded).norm() < bound * exact.norm()
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_attention_is_its_definition(heads):
+@pytest.mark.parametrize(
+    ("heads", "chunk"), [((4, 4), None), ((4, 2), None), ((6, 1), 24), ((4, 2), 8), ((4, 2), 7)]
+)
+def test_attention_is_its_definition(heads, chunk):
     """Forward and all three gradients, float32 against float64."""
     torch.manual_seed(0)
     shapes = [(2, 24, n, 8) for n in (heads[0], heads[1], heads[1])]
@@ -283,7 +288,7 @@ def test_attention_is_its_definition(heads):
     results = []
     for function, dtype in ((attend, torch.float32), (plain_attention, torch.float64)):
         inputs = [t.to(dtype).requires_grad_() for t in qkv]
-        y = function(*inputs)
+        y = function(*inputs, chunk)
         results.append([y, *torch.autograd.grad((y * weight.to(dtype)).sum(), inputs)])
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast.double(), plain, rtol=1e-4, atol=1e-5)
@@ -320,7 +325,7 @@ def test_the_model_takes_the_fused_mlp(monkeypatch):
     monkeypatch.setattr(train_gpt, "fuses_mlp", lambda *args: True)
     monkeypatch.setattr(train_gpt, "fused_product", spy, raising=False)
     x, up, down = (torch.randn(shape).double() for shape in ((2, 5, 4), (6, 4), (4, 6)))
-    layer = Layer(None, None, up, down, None, None, False)
+    layer = Layer(None, None, up, down, None, None, False, None)
     torch.testing.assert_close(mlp(x, layer), plain_mlp(x, up, down))
     assert len(calls) == 1
 
@@ -393,7 +398,7 @@ def test_the_fused_mlp_is_as_exact_as_the_plain_one():
 
     @partial(torch.compile, fullgraph=True, dynamic=False)
     def fast(x, up, down):
-        return mlp(x, Layer(None, None, up, down, None, None, False))
+        return mlp(x, Layer(None, None, up, down, None, None, False, None))
 
     for batch in (3, 5):
         shapes = ((batch, 200, 512), (1536, 512), (512, 1536))
@@ -450,5 +455,6 @@ def test_compiled_functions_are_the_same_model(tiny, random_model):
                 with torch.compiler.set_stance(**stance):
                     results.append(model(*tokens(hp), 2, score_last=last)[0])
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    # plain layers (the first, the core's), one with XSA and a skip, one with XSA and values
-    assert kinds() == [3 + 3, 2, 2, 2]
+    # Plain layers (the first in chunks, the core's not), one with chunks, XSA and a skip, one with
+    # XSA and values.
+    assert kinds() == [3 + 4, 2, 2, 2]

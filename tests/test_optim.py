@@ -394,7 +394,7 @@ def test_each_step_follows_the_plan(trainer):
     assert {p.qat for p in plan} == {False, True}
     counts = [len(one.log.of(name)) for name in ("progressive_passes", "late_qat", "stop")]
     assert counts == [3, 1, 1]
-    assert [line["tokens"] for line in one.log.of("seq_len")] == [8, 16, 32]
+    assert [line["tokens"] for line in one.log.of("seq_len")] == [4, 8, 32]
     logged = [pairs for pairs in one.log.of("") if "train_loss" in pairs]
     assert [pairs["step"] for pairs in logged] == [f"{s}/20" for s in (1, 4, 8, 10, 12, 16, 20)]
     scales = [pairs["residual_scale"] for pairs in one.log.of("passes")]
