@@ -2106,8 +2106,9 @@ def fuses_mlp(device: torch.device, dtype: torch.dtype, up_shape: Sequence[int])
 # --- 12. Main: settings -> data -> model -> train -> average -> export -> load -> evaluate --------
 
 
-def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
-    """Log, artifact, folder of checkpoints. Raises UserError where a run would lose another's."""
+def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path, bool]:
+    """Log, artifact, folder of checkpoints, and whether a resumed run has only to be scored. Raises
+    UserError where a run would lose another's files."""
     run_id = runtime.from_main(hp.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{hp.seed}")
     suffixes = (".txt", ".int6.xz", ".checkpoints")
     log, artifact, checkpoints = (Path(hp.output_dir) / f"{run_id}{end}" for end in suffixes)
@@ -2115,18 +2116,19 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path]:
     # A run that a signal ended goes on, if it can; then the artifact that it exported is replaced.
     early = b" interrupted:1" in written[written.rfind(b"\nstop ") :]
     goes_on = hp.resume and early and any(checkpoints.glob("step_*.pt"))
+    exported = hp.resume and not goes_on and b"\nartifact " in written
+    only_scored = runtime.from_main(exported and b"\nevaluated " not in written)
     kept = (artifact,) if hp.resume else (log, artifact, checkpoints)
-    kept = (log,) if hp.evaluate else () if goes_on else kept
+    kept = (log,) if hp.evaluate else () if goes_on or only_scored else kept
     existing = runtime.from_main([str(path) for path in kept if path.exists()])
     also = {str(artifact): f", or score it again with --evaluate {artifact}"}
     also |= {str(checkpoints): ", or go on from its checkpoint with --resume"}
     remedy = "choose another run_id" + next((also[path] for path in also if path in existing), "")
     require(not existing, f"run_id: {', '.join(existing)} would be overwritten: {remedy}")
     # A finished run's artifact may lie elsewhere: its folder's disk was full.
-    done = b"\nartifact " in written and hp.resume and not goes_on
     text = f"run_id: {log} is of a finished run, which is not resumed"
-    require(not runtime.from_main(done), f"{text}: choose another run_id")
-    return log, artifact, checkpoints
+    require(only_scored or not runtime.from_main(exported), f"{text}: choose another run_id")
+    return log, artifact, checkpoints, only_scored
 
 
 def check_paths(hp: Hyperparameters) -> None:
@@ -2276,7 +2278,7 @@ def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
 def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: Interrupts) -> int:
     """Settings -> data -> model -> train, average, export -> load -> evaluate; the exit code."""
     check_paths(hp)
-    path, artifact, checkpoints = run_files(hp, runtime)
+    path, artifact, checkpoints, only_scored = run_files(hp, runtime)
     if hp.evaluate:
         artifact = Path(hp.evaluate)
         hp = adopt(hp, runtime.from_main(read_artifact(artifact)[0] if runtime.is_main else None))
@@ -2291,7 +2293,7 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
             log.event("data", **facts)
         log.phase("start")
         evaluator = Evaluator(hp, data, runtime, log)
-        if not hp.evaluate:
+        if not (hp.evaluate or only_scored):
             trainer = Trainer(build_model(hp, runtime, log), data, runtime, log, stop)
             code, artifact = train(trainer, evaluator, artifact, checkpoints)
         if code != EXIT_CHECKPOINTED:

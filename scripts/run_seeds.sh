@@ -18,10 +18,10 @@
 #   -- FLAGS            flags of train_gpt.py
 #
 # The script is minified first, and that file is what runs. A seed whose log is in DIR is not run
-# again, so the same command after an interruption goes on at the first missing seed: from its last
-# checkpoint, which a signal in training (ON_SIGNAL=checkpoint, the default here) or
-# CHECKPOINT_SECONDS had it write, else from its start; what it had logged is then moved to
-# DIR/interrupted. Other settings are environment variables.
+# again, so the same command after an interruption goes on at the first missing seed: with the scores
+# of what it exported, or from its last checkpoint, which a signal in training (ON_SIGNAL=checkpoint,
+# the default here) or CHECKPOINT_SECONDS had it write, else from its start; what it had logged is
+# then moved to DIR/interrupted. Other settings are environment variables.
 # SIGTERM, SIGHUP and SIGINT end the run that was started. To outlive the terminal:
 #   setsid nohup bash scripts/run_seeds.sh >seeds.txt 2>&1 &
 set -euo pipefail
@@ -174,9 +174,9 @@ for seed in $seeds; do
         fail "seed $seed: a process still writes $output/running/$run.txt: wait for its end"
     fi
     resume=0
-    if [ ! -e "$output/running/$run.int6.xz" ] &&
-        compgen -G "$output/running/$run.checkpoints/step_*.pt" >/dev/null; then
-        resume=1
+    if compgen -G "$output/running/$run.checkpoints/step_*.pt" >/dev/null ||
+        { [ -e "$output/running/$run.int6.xz" ] && ! grep -q '^evaluated ' "$output/running/$run.txt"; }; then
+        resume=1 # from its checkpoint, or with the scores of what it exported
     elif [ -e "$output/running/$run.txt" ]; then
         mkdir -p "$output/interrupted"
         kept=$output/interrupted/$run.$(date +%Y%m%d_%H%M%S).$$

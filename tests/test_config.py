@@ -56,7 +56,7 @@ def test_the_published_settings_are_one_flag_away():
         passes_schedule="0.0:1,0.626:2,0.813:3", residual_scale_init=0.5,
         feedback_mode="diagonal", feedback_rank=2, jacobian_proxy_weight=0.01, num_heads=8,
         num_kv_heads=4, rope_dims=16, train_seq_len=2048, attention_chunk=None,
-        seq_len_schedule="0.0:1", muon_wd=0.04,
+        seq_len_schedule="0.0:1", muon_wd=0.04, ttt_lr=0.002,
     )  # fmt: skip
     assert published.schedule == ((0.0, 1), (0.626, 2), (0.813, 3))
     assert [name for name, source in sources.items() if source == "file"]

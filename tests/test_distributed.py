@@ -66,8 +66,9 @@ def signal_at(step: int, number: int, rank: int = 0) -> None:
 
 
 def signal_in(function: str, *numbers: int) -> None:
-    """Signals while `export` or Trainer's `warm_up` runs."""
-    owner = train_gpt if function == "export" else Trainer
+    """Signals while `export`, Trainer's `warm_up` or Evaluator's `run_ttt` runs."""
+    owners = (train_gpt, Trainer, train_gpt.Evaluator)
+    owner = next(owner for owner in owners if function in vars(owner))
     inner = getattr(owner, function)
 
     def signalled(*args):
@@ -343,6 +344,19 @@ def test_a_run_that_a_signal_ended_goes_on_if_it_has_a_checkpoint(start, base, r
     assert (tmp_path / "run.int6.xz").read_bytes() == half
     same_run(start("--resume", base=often, folder=tmp_path).finish(), run_of(1)[0])
     assert start("--resume", base=often, folder=tmp_path).finish().code == 2, "it is finished"
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_that_ended_while_it_was_scored_is_scored_and_not_trained(start, base, run_of, ranks):
+    stop = (signal_in, "run_ttt", signal.SIGTERM)
+    job = start(base=base, ranks=ranks, prepare=stop, RUN_ID="run").finish()
+    assert "--evaluate" in job.printed
+    before, artifact = job.log("run"), (job.folder / "run.int6.xz").read_bytes()
+    assert "legal_ttt_exact" not in before
+    done = start("--resume", base=base, ranks=ranks, folder=job.folder, RUN_ID="run").finish()
+    assert (job.folder / "run.int6.xz").read_bytes() == artifact
+    assert steps(done.log("run")) == steps(before)
+    same_run(done, run_of(ranks)[0])
 
 
 def test_a_run_that_a_signal_ended_without_a_checkpoint_stays(start, base, tmp_path):
