@@ -40,6 +40,10 @@ END_OF_TEXT = "<|endoftext|>"  # what many published corpora put between documen
 FEW_DOCUMENTS, PASSAGES, MIN_PASSAGE_CHARS = 20, 100, 500
 
 
+class NotText(UserError):
+    """A file's content is no text in UTF-8."""
+
+
 def text_format(path: Path) -> str | None:
     """`plain` or `jsonl`, by the name; None for any other."""
     name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
@@ -99,14 +103,15 @@ class TextFiles:
     """The documents of `paths`, in order, read as a stream. Iterating raises UserError.
 
     A plain file is one document, or several between `separator`s; a line of JSON is one, its text
-    in the field `text_key`. Some lines without it are left out, many are an error.
+    in the field `text_key`. Some lines without it are left out, and some files that are no text:
+    more of them than of the others are an error.
     """
 
     paths: list[Path]
     text_key: str = "text"
     separator: str | None = None
     stdin_format: str = "plain"
-    left_out: Counter[str] = field(default_factory=Counter)  # lines, by the reason
+    left_out: Counter[str] = field(default_factory=Counter)  # lines or files, by the reason
 
     def identity(self) -> list[Any] | None:
         """What tells these inputs from changed ones; None if nothing can."""
@@ -116,6 +121,7 @@ class TextFiles:
         return [[name, stat.st_size, stat.st_mtime] for name, stat in stats]
 
     def __iter__(self) -> Iterator[str]:
+        bad = 0
         for path in self.paths:
             if path == STDIN:
                 yield from self.documents(sys.stdin.buffer, self.stdin_format, "standard input")
@@ -124,6 +130,11 @@ class TextFiles:
                 with path.open("rb") as raw:
                     stream = decompressed(path, raw)
                     yield from self.documents(stream, text_format(path), str(path))
+            except NotText as error:
+                bad += 1
+                require(2 * bad <= len(self.paths), str(error))
+                note(f"note: left out: {error}")
+                self.left_out["the rest of a file that is no text in UTF-8"] += 1
             except BROKEN as error:
                 raise UserError(
                     f"{path}: its {path.suffix} data are broken ({error}): get it again"
@@ -141,7 +152,7 @@ class TextFiles:
             before = f"after {before!r}" if before else "at the start of a read"
             marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             likely = "UTF-16" if error.object.startswith(marks) else "LATIN1"
-            raise UserError(
+            raise NotText(
                 f"{where}: byte 0x{error.object[error.start]:02x} {before} is not UTF-8: convert "
                 f"the file, with iconv -f {likely} -t UTF-8 if that is what it is"
             ) from None
@@ -149,8 +160,9 @@ class TextFiles:
     def plain_documents(self, stream: TextIO, where: str) -> Iterator[str]:
         separator, rest = self.separator, ""
         while chunk := stream.read(READ_CHARS):
-            text = "is no text, or text in UTF-16: leave it out, or convert it to UTF-8"
-            require("\0" not in chunk, f"{where}: holds a zero byte, so it {text}")
+            if "\0" in chunk:
+                text = "is no text, or text in UTF-16: leave it out, or convert it to UTF-8"
+                raise NotText(f"{where}: holds a zero byte, so it {text}")
             rest += chunk
             if separator is None and END_OF_TEXT in chunk:
                 separator = END_OF_TEXT

@@ -303,6 +303,27 @@ def test_a_few_broken_records_are_left_out_and_counted(prepare, tmp_path, capsys
     assert "left out: 13 documents: no JSON with a text in 'text'" in capsys.readouterr().out
 
 
+def test_a_few_files_that_are_no_text_are_left_out_and_named(prepare, tmp_path, capsys):
+    """Of a folder or of several that are named: unless they are more than half."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for i, text in enumerate(make_documents(4)):
+        (folder / f"{i}.md").write_text(text)
+    assert prepare(folder, output="whole") == 0
+    (folder / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "c.txt").write_bytes(bytes(9))
+    (folder / "d.jsonl").write_bytes(b'{"text": "kept"}\n{"text": "\xe9"}\n' + bytes(1 << 16))
+    assert prepare(folder) == 0
+    printed = capsys.readouterr()
+    for name in ("b.txt", "c.txt", "d.jsonl"):
+        assert f"left out: {folder / name}: " in printed.err
+    assert "left out: 3 documents: the rest of a file" in printed.out
+    for i in range(3):
+        (folder / f"e{i}.txt").write_bytes(bytes(9))
+    assert prepare(folder, output="third") == 2
+    assert "zero byte" in capsys.readouterr().err
+
+
 BAD_INPUTS = {
     "utf-16": ("a.txt", "text".encode("utf-16"), "iconv -f UTF-16"),
     "utf-16 without its mark": ("a.txt", "text".encode("utf-16-le"), "convert it to UTF-8"),
