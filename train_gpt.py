@@ -1154,7 +1154,7 @@ class Optimizer:
     """Parallel Muon on the banks, AdamW on the rest; call `reduce` after backward, then `step`.
 
     Muon: Jordan et al. 2024. A bank's rows are matrices. Rank r of R updates the r-th of R equal
-    parts of each bank, zero-padded, and keeps the momentum of that part alone (PR 549). One step:
+    parts of each bank, zero-padded, and that part of its momentum alone (PR 549). One step:
         reduce-scatter all banks, all-reduce the rest      -> summed gradients, their global norm
         for each bank: momentum, Newton-Schulz, update     -> all-gather while the next one works
         AdamW                                              -> while the last all-gathers fly"""
