@@ -408,7 +408,8 @@ def join_resumed(events: list[Event], problems: list[str]) -> list[Event]:
     """The events without what resumed runs did again; what they did not share is a problem.
 
     Of what was there before, a resumed run takes over what belongs to the steps up to its
-    checkpoint. All else (its settings, the end of training, scores) it writes itself.
+    checkpoint. All else (its settings, the end of training, scores) it writes itself. Where it only
+    scored an artifact, it takes over all that it does not write.
     """
     starts = [i for i, event in enumerate(events) if event.name == "run"][1:]
     kept: list[Event] = []
@@ -417,11 +418,16 @@ def join_resumed(events: list[Event], problems: list[str]) -> list[Event]:
         settings = [event.pairs for event in part if event.name == "config"]
         resumes = any((s.get("name"), s.get("value")) == ("resume", "True") for s in settings)
         if start and resumes:
-            if not any(event.name in TRAINING for event in part):
-                continue  # it ended before it had trained
+            names = {event.name for event in part}
+            if not names & {*TRAINING, *SCORES.values()}:
+                continue  # it ended before it had trained or scored
             problems += [f"it was resumed with another {t}" for t in differences(kept, part)]
             checkpoint = next((event.step or 0 for event in part if event.name == "resume"), 0)
-            kept = [event for event in kept if was_kept(event, checkpoint)]
+            again = names - {"phase", "warning"} | {"failed"}
+            if names & {*TRAINING}:
+                kept = [event for event in kept if was_kept(event, checkpoint)]
+            else:
+                kept = [event for event in kept if event.name not in again]
         kept += part
     return kept
 

@@ -311,6 +311,22 @@ def test_what_a_resumed_run_did_again_counts_once(checkpoint):
     assert "several runs wrote" in "".join(build(mixture).problems)
 
 
+@pytest.mark.parametrize("ended_at", ["final_int6_sliding", "legal_ttt"])
+def test_a_run_that_was_scored_when_it_was_resumed_is_complete(ended_at):
+    whole = complete_log(3).replace(TRACE, "")
+    header, training = complete_log(3, resume=True).split("progressive_passes step:0", 1)
+    first = f"{whole.split(ended_at)[0]}failed text:stopped\n"
+    scores = training[training.index("final_int6_roundtrip") :]
+    expected, run = build(whole), build(f"{first}\n{header}{scores}")
+    assert (run.problems, run.missing) == ([], [])
+    assert (run.step_lines, run.scores) == (expected.step_lines, expected.scores)
+    assert run.phases.keys() == expected.phases.keys()
+    assert not run.all("failed")
+    header = header.replace("fingerprint:00ff", "fingerprint:0bad")
+    [problem] = build(f"{first}\n{header}{scores}").problems
+    assert "another train data" in problem
+
+
 def test_a_run_resumed_with_something_else_says_so():
     for old, new, text in (
         ("fingerprint:00ff", "fingerprint:0bad", "train data (shards:80 tokens:8000000000 fing"),
