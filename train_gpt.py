@@ -2253,8 +2253,6 @@ def train(
         scored = replace(hp, eval_passes=passes)
         artifact = export(scored, tensors, trainer.squares, artifact, log)
     log.phase("export")
-    score = f"--evaluate {artifact} --data-path {hp.data_path}"
-    stop.advice, stop.farewell = "", f": score {artifact} with {score} and the same settings"
     return EXIT_EXPORTED if interrupted else 0, artifact
 
 
@@ -2297,6 +2295,8 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
             trainer = Trainer(build_model(hp, runtime, log), data, runtime, log, stop)
             code, artifact = train(trainer, evaluator, artifact, checkpoints)
         if code != EXIT_CHECKPOINTED:
+            again = f"--evaluate {artifact} --data-path {hp.data_path} and the same settings"
+            stop.advice, stop.farewell = "", f": score {artifact} with {again}"
             evaluate(hp, artifact, evaluator)
         return code
     except BaseException as error:

@@ -85,7 +85,7 @@ end() {
         kill "$child" 2>/dev/null || true
         while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     fi
-    echo "stopped: the same command goes on at this seed, from its last checkpoint if there is one" >&2
+    echo "stopped: the same command goes on at this seed, from its last checkpoint or its artifact if there is one" >&2
     exit "$1"
 }
 trap 'end 130' INT
