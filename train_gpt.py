@@ -128,7 +128,7 @@ class Hyperparameters:
     train_log_every: int = opt(50, "steps between lines of the log", 1)
     val_loss_every: int | None = opt(None, "steps between validations; none: at the end", 1)
     checkpoint_seconds: float | None = opt(None, "seconds between checkpoints; none: off", 1e-3)
-    resume: bool = opt(False, "go on from the newest checkpoint of run_id, if there is one")
+    resume: bool = opt(False, "go on from run_id's newest checkpoint, or score what it exported")
     on_signal: Literal["export", "checkpoint"] = opt("export", "at SIGTERM, SIGINT or SIGHUP")
     dtype: Literal["auto", "bfloat16", "float32"] = opt("auto", "auto: bfloat16 where it is native")
     compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile; auto: on a GPU only")
@@ -149,7 +149,7 @@ class Hyperparameters:
     mlp_mult: float = opt(3.0, "MLP width over model width")
     rope_dims: int = opt(32, "dims of each head that RoPE turns")
     qk_gain_init: float = opt(1.5, "start of the gain of each query head", -math.inf)
-    attention_chunk: int | None = opt(512, "tokens that layers 0, 2, ... see; none: all", 1)
+    attention_chunk: int | None = opt(512, "tokens that even layers but the last attend within", 1)
     xsa_last_n: int = opt(4, "last layers with XSA (never the core's)")
     bigram_vocab_size: int = opt(512, "rows of BigramHash; 0: off")
     bigram_dim: int = opt(32, "width of BigramHash's rows", 1)
@@ -2113,11 +2113,13 @@ def run_files(hp: Hyperparameters, runtime: Runtime) -> tuple[Path, Path, Path, 
     suffixes = (".txt", ".int6.xz", ".checkpoints")
     log, artifact, checkpoints = (Path(hp.output_dir) / f"{run_id}{end}" for end in suffixes)
     written = log.read_bytes() if log.is_file() else b""
+    last = written[written.rfind(b"\nstop ") :] if b"\nstop " in written else b""
+    exported, early = b"\nartifact " in last, b" interrupted:1" in last
     # A run that a signal ended goes on, if it can; then the artifact that it exported is replaced.
-    early = b" interrupted:1" in written[written.rfind(b"\nstop ") :]
-    goes_on = hp.resume and early and any(checkpoints.glob("step_*.pt"))
-    exported = hp.resume and not goes_on and b"\nartifact " in written
-    only_scored = runtime.from_main(exported and b"\nevaluated " not in written)
+    goes_on = bool(last) and (early or not exported) and any(checkpoints.glob("step_*.pt"))
+    goes_on, exported = (hp.resume and x for x in (goes_on, exported and not goes_on))
+    unscored = b"\nevaluated " not in last and artifact.is_file()
+    only_scored = runtime.from_main(exported and unscored)
     kept = (artifact,) if hp.resume else (log, artifact, checkpoints)
     kept = (log,) if hp.evaluate else () if goes_on or only_scored else kept
     existing = runtime.from_main([str(path) for path in kept if path.exists()])
@@ -2277,12 +2279,15 @@ def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: In
     """Settings -> data -> model -> train, average, export -> load -> evaluate; the exit code."""
     check_paths(hp)
     path, artifact, checkpoints, only_scored = run_files(hp, runtime)
-    if hp.evaluate:
-        artifact = Path(hp.evaluate)
+    if hp.evaluate or only_scored:
+        artifact = Path(hp.evaluate or artifact)
         hp = adopt(hp, runtime.from_main(read_artifact(artifact)[0] if runtime.is_main else None))
         given = "eval_passes" if sources["eval_passes"] != "default" else ""
         sources |= {name: "artifact" for name in hp.architecture() if name != given}
     hp, data = open_data(hp, runtime)
+    if only_scored:
+        same = f"fingerprint:{data.facts[-1]['fingerprint']}\n".encode() in path.read_bytes()
+        require(same, f"resume: data_path={hp.data_path} has other validation data than {path}")
     log, code = Log(path if runtime.is_main else None, hp.resume), 0
     try:
         log.event("run", run_id=path.stem, started=time.strftime("%Y%m%d_%H%M%S"))

@@ -103,8 +103,8 @@ class TextFiles:
     """The documents of `paths`, in order, read as a stream. Iterating raises UserError.
 
     A plain file is one document, or several between `separator`s; a line of JSON is one, its text
-    in the field `text_key`. Some lines without it are left out, and some files that are no text:
-    more of them than of the others are an error.
+    in the field `text_key`. Some lines without it are left out, and files that are no text and hold
+    up to a tenth of the bytes: more is an error.
     """
 
     paths: list[Path]
@@ -121,7 +121,7 @@ class TextFiles:
         return [[name, stat.st_size, stat.st_mtime] for name, stat in stats]
 
     def __iter__(self) -> Iterator[str]:
-        bad = 0
+        bad_bytes, size = 0, lambda file: 0 if file == STDIN else file.stat().st_size
         for path in self.paths:
             if path == STDIN:
                 yield from self.documents(sys.stdin.buffer, self.stdin_format, "standard input")
@@ -131,10 +131,10 @@ class TextFiles:
                     stream = decompressed(path, raw)
                     yield from self.documents(stream, text_format(path), str(path))
             except NotText as error:
-                bad += 1
-                require(2 * bad <= len(self.paths), str(error))
+                bad_bytes += size(path)
+                require(10 * bad_bytes <= sum(map(size, self.paths)), str(error))
                 note(f"note: left out: {error}")
-                self.left_out["the rest of a file that is no text in UTF-8"] += 1
+                self.left_out["files, or the rest of them, that are no text in UTF-8"] += 1
             except BROKEN as error:
                 raise UserError(
                     f"{path}: its {path.suffix} data are broken ({error}): get it again"

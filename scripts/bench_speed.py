@@ -19,9 +19,9 @@ Model FLOPs are counted from the mathematics. A token takes, K passes deep,
     matrices    6 W         W: weights of the matrices that it meets, those of the core K times. A
                             weight multiplies and adds once forward and twice backward
     head        6 V D
-    attention   6 T D A     T: tokens of a sequence. A: layers that it meets, those of the core K
-                            times. q k' and p v take 2 T D each, the causal mask halves them,
-                            backward is twice forward
+    attention   6 D S       S: the tokens of a sequence, or of the layer's chunk, summed over the
+                            layers that it meets, those of the core K times. q k' and p v take
+                            2 D S each, the causal mask halves them, backward is twice forward
 
 so recomputation, fake quantization and the optimizer's products count as time only. Utilization is
 model FLOP/s over the device's dense bfloat16 peak.

@@ -175,7 +175,7 @@ for seed in $seeds; do
     fi
     resume=0
     if compgen -G "$output/running/$run.checkpoints/step_*.pt" >/dev/null ||
-        { [ -e "$output/running/$run.int6.xz" ] && ! grep -q '^evaluated ' "$output/running/$run.txt"; }; then
+        { [ -e "$output/running/$run.int6.xz" ] && ! tac "$output/running/$run.txt" | sed '/^stop /q' | grep -q '^evaluated '; }; then
         resume=1 # from its checkpoint, or with the scores of what it exported
     elif [ -e "$output/running/$run.txt" ]; then
         mkdir -p "$output/interrupted"

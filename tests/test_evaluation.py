@@ -310,6 +310,44 @@ def test_an_artifact_that_does_not_say_its_passes_is_scored_with_all_that_it_has
     assert train_gpt.adopt(tiny(eval_passes=3), stored).eval_passes == 3
 
 
+STOP, EARLY = "\nstop step:9 interrupted:0\n", "\nstop step:5 interrupted:1\n"
+EXPORT, SCORED = "\nartifact path:a\n", "\nevaluated graphs_compiled:0\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "files", "outcome"),
+    [
+        (STOP + EXPORT, "a.int6.xz", "scored"),
+        (STOP + EXPORT + SCORED, "a.int6.xz", "refused"),
+        (STOP + EXPORT, "", "refused"),  # the artifact lies elsewhere
+        (STOP, "a.checkpoints", "trained"),
+        (EARLY + EXPORT, "a.int6.xz", "scored"),
+        (EARLY + EXPORT, "a.int6.xz a.checkpoints", "trained"),
+        # What a log tells of the run before it went on does not count.
+        (EARLY + EXPORT + STOP, "a.int6.xz a.checkpoints", "trained"),
+        (EARLY + EXPORT + SCORED + STOP, "a.int6.xz a.checkpoints", "trained"),
+        (EARLY + EXPORT + SCORED + STOP + EXPORT, "a.int6.xz a.checkpoints", "scored"),
+        ("", "a.int6.xz a.checkpoints", "refused"),
+    ],
+)
+def test_a_resumed_run_is_trained_or_scored_as_its_log_tells(
+    tiny, runtime, tmp_path, written, files, outcome
+):
+    hp = tiny(resume=True, run_id="a", output_dir=str(tmp_path))
+    (tmp_path / "a.txt").write_text("run run_id:a\n" + written)
+    for name in files.split():
+        kept = tmp_path / name
+        if name.endswith("checkpoints"):
+            kept.mkdir()
+            kept = kept / "step_00000004.pt"
+        kept.touch()
+    if outcome == "refused":
+        with pytest.raises(UserError, match=r"overwritten|not resumed"):
+            train_gpt.run_files(hp, runtime)
+    else:
+        assert train_gpt.run_files(hp, runtime)[3] == (outcome == "scored")
+
+
 def test_an_evaluation_may_have_the_name_of_the_run_whose_artifact_it_scores(
     tiny, runtime, tmp_path
 ):
