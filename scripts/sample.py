@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,8 +71,8 @@ def check_arguments(args: argparse.Namespace) -> list[int]:
         (args.tokens >= 1, f"--tokens {args.tokens}: must be at least 1"),
         (0 <= args.seed < 1 << 63, f"--seed {args.seed}: must be from 0 to {(1 << 63) - 1}"),
         (
-            args.temperature == 0 or args.temperature >= 1e-3,
-            f"--temperature {args.temperature}: must be 0, or at least 0.001",
+            args.temperature == 0 or 1e-3 <= args.temperature < math.inf,
+            f"--temperature {args.temperature}: must be 0, or finite and at least 0.001",
         ),
         (args.top_k >= 0, f"--top-k {args.top_k}: must be at least 0"),
         (0 < args.top_p <= 1, f"--top-p {args.top_p}: must be above 0 and at most 1"),

@@ -137,6 +137,7 @@ def test_the_log_beside_the_artifact_names_the_tokenizer(artifact, corpus, tmp_p
         (["the", "--tokens", "0"], "--tokens 0"),
         (["the", "--passes", "0,x"], "--passes 0,x"),
         (["the", "--seed", str(1 << 63)], "--seed 9223372036854775808"),
+        (["the", "--temperature", "inf"], "--temperature inf"),
         (["the", "--temperature", "1e-320"], "--temperature 1e-320"),
         (["the", "--temperature", "-1", "--top-p", "2"], "--top-p 2"),
         ([b"a\xff".decode(errors="surrogateescape")], "no valid text"),
