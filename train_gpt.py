@@ -2275,19 +2275,32 @@ def evaluate(hp: Hyperparameters, artifact: Path, evaluator: Evaluator) -> None:
         write_or_rescue(Path(hp.token_losses), buffer.getvalue(), log)
 
 
+def check_same_run(hp: Hyperparameters, data: Data, log: Path, artifact: Path) -> None:
+    """Raises UserError unless an exported run is scored with its own seed, model and text."""
+    written, stored = log.read_text("utf-8"), read_artifact(artifact)[0].architecture()
+    stored["eval_passes"] = hp.eval_passes  # it may be scored with others
+    seed = any(f"{key}:{hp.seed} " in written for key in (" seed", "name:seed value"))
+    text = f"fingerprint:{data.facts[-1]['fingerprint']}\n" in written
+    own = "give what it began with, or choose another run_id"
+    require_all(
+        (seed, f"resume: seed={hp.seed} is not that of {log}: {own}"),
+        (stored == hp.architecture(), f"resume: the model is not that of {artifact}: {own}"),
+        (text, f"resume: data_path={hp.data_path} has other validation data than {log}: {own}"),
+    )
+
+
 def run(hp: Hyperparameters, sources: dict[str, str], runtime: Runtime, stop: Interrupts) -> int:
     """Settings -> data -> model -> train, average, export -> load -> evaluate; the exit code."""
     check_paths(hp)
     path, artifact, checkpoints, only_scored = run_files(hp, runtime)
-    if hp.evaluate or only_scored:
-        artifact = Path(hp.evaluate or artifact)
+    if hp.evaluate:
+        artifact = Path(hp.evaluate)
         hp = adopt(hp, runtime.from_main(read_artifact(artifact)[0] if runtime.is_main else None))
         given = "eval_passes" if sources["eval_passes"] != "default" else ""
         sources |= {name: "artifact" for name in hp.architecture() if name != given}
     hp, data = open_data(hp, runtime)
     if only_scored:
-        same = f"fingerprint:{data.facts[-1]['fingerprint']}\n".encode() in path.read_bytes()
-        require(same, f"resume: data_path={hp.data_path} has other validation data than {path}")
+        check_same_run(hp, data, path, artifact)
     log, code = Log(path if runtime.is_main else None, hp.resume), 0
     try:
         log.event("run", run_id=path.stem, started=time.strftime("%Y%m%d_%H%M%S"))

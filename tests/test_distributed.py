@@ -12,11 +12,16 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import METRICS, ROOT, Finished, Job, Lines, steps
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import inspect_logs
 
 import train_gpt
 from train_gpt import Interrupts, Trainer, read_checkpoint
@@ -354,11 +359,14 @@ def test_a_run_that_ended_while_it_was_scored_is_scored_and_not_trained(start, b
     before, artifact = job.log("run"), (job.folder / "run.int6.xz").read_bytes()
     assert "legal_ttt_exact" not in before
     (job.folder / "run.txt").write_text(before.replace("fingerprint:", "fingerprint:0"))
-    other = start("--resume", base=base, ranks=ranks, folder=job.folder, RUN_ID="run").finish()
+    again = partial(start, "--resume", base=base, ranks=ranks, folder=job.folder, RUN_ID="run")
+    other = again(SEED="8", XSA_LAST_N="0").finish()
     assert other.code == 2
-    assert "has other validation data than" in other.printed
+    for text in ("seed=8 is not", "the model is not", "has other validation data"):
+        assert text in other.printed
     (job.folder / "run.txt").write_text(before)
-    done = start("--resume", base=base, ranks=ranks, folder=job.folder, RUN_ID="run").finish()
+    done = again().finish()
+    assert inspect_logs.build_run(Path("run.txt"), done.log("run")).problems == []
     assert (job.folder / "run.int6.xz").read_bytes() == artifact
     assert steps(done.log("run")) == steps(before)
     same_run(done, run_of(ranks)[0])
